@@ -70,7 +70,7 @@ static REGRPO_HD inline TokenObjective token_objective(const ObjectiveParams& o,
   }
 
   if (ref) {
-    const float x = *ref - log_prob;
+    const float x = forbidden && *ref == -INFINITY ? 0.0f : *ref - log_prob;
     const float k = clamp_log_ratio(x);
     const bool flat = !(fabsf(x) <= kMaxLogRatio);
     float dkl;

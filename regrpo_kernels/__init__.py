@@ -1,1 +1,17 @@
 """Fused kernels for reinforcement learning on language models, over packed variable-length sequences."""
+
+from regrpo_kernels._info import build_info
+from regrpo_kernels._library import force_isa
+from regrpo_kernels.grpo_loss import LossOutput, grpo_loss
+from regrpo_kernels.objective import Objective
+from regrpo_kernels.token_log_probs import TokenLogProbs, token_log_probs
+
+__all__ = [
+    "LossOutput",
+    "Objective",
+    "TokenLogProbs",
+    "build_info",
+    "force_isa",
+    "grpo_loss",
+    "token_log_probs",
+]

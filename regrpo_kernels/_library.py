@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 try:  # after torch, whose OpenMP runtime the module uses
     from regrpo_kernels import _C
@@ -79,18 +83,78 @@ def choose_impl(impl: str | None, device: torch.device) -> str:
     return impl
 
 
-def pointer(tensor: torch.Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     """Data pointer for the compiled module; 0 is null."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def stream(tensor: torch.Tensor) -> int:
-    """The current CUDA stream of the tensor's device, as the integer that the compiled module takes."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def rows(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+def rows(tensor: Tensor) -> tuple[int, int, int, int]:
     """`(pointer, inner, outer stride, inner stride)` of the rows of a `[T, V]` or `[B, L, V]` tensor."""
     if tensor.dim() == 2:
         return tensor.data_ptr(), max(tensor.shape[0], 1), 0, tensor.stride(0)
     return tensor.data_ptr(), max(tensor.shape[1], 1), tensor.stride(0), tensor.stride(1)
+
+
+_isa = "auto"
+
+
+@contextmanager
+def force_isa(isa: str) -> Iterator[None]:
+    """Run the CPU kernels with one of `build_info()["cpu_isas_usable"]`; for tests and benchmarks."""
+    global _isa
+    usable = _C.build_info()["cpu_isas_usable"]
+    if isa not in usable:
+        raise ValueError(f"isa must be one of {usable}, got {isa!r}")
+    previous, _isa = _isa, isa
+    try:
+        yield
+    finally:
+        _isa = previous
+
+
+def launch(tensor: Tensor) -> dict[str, Any]:
+    """Where a compiled kernel runs: the stream of a CUDA tensor, or threads and instruction set on CPU."""
+    if tensor.device.type == "cuda":
+        return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+    return {"stream": None, "num_threads": torch.get_num_threads(), "isa": _isa}
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's CUDA device current."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+# --- argument checks ------------------------------------------------------------------------------------------
+
+
+def check_logits(logits: Tensor, labels: Tensor, reference: bool = False) -> None:
+    """Shapes, dtypes and devices of logits `[T, V]` or `[B, L, V]` and labels `[T]` or `[B, L]`."""
+    if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
+        raise ValueError(
+            "logits must have shape [T, V] (packed) or [B, L, V] (padded) with V > 0, "
+            f"got {list(logits.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must have dtype torch.int64, got {labels.dtype}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {list(logits.shape[:-1])} to match logits "
+            f"{list(logits.shape)}, got {list(labels.shape)}"
+        )
+    check_device("labels", labels, logits)
+    if logits.dtype not in DTYPE_CODES and not (reference and logits.dtype == torch.float64):
+        raise TypeError(
+            f"logits must have one of the dtypes {list(DTYPE_CODES)}, got {logits.dtype}"
+        )
+    if not reference and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            "logits must be contiguous in the vocabulary dimension, got strides "
+            f"{logits.stride()} for shape {list(logits.shape)}; call .contiguous() first"
+        )
+
+
+def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(
+            f"{name} must be on {logits.device} like logits, got a tensor on {tensor.device}"
+        )

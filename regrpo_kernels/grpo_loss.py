@@ -1,0 +1,525 @@
+"""The GRPO loss and its gradient in one sweep over the logits.
+
+The gradient of a token-level objective is known as soon as its row's log-prob is,
+
+    d loss / d logits[t, v] = w_t * (d loss_t / d log_prob_t) * (1[v = label_t] - p_tv) / temperature,
+
+so forward computes it while the row is still in cache: one read and one write of the logits, where eager PyTorch
+makes about ten passes over fp32 copies. `inplace=True` writes it over the logits and needs no `[T, V]` memory at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regrpo_kernels._library import (
+    DTYPE_CODES,
+    IGNORE_INDEX,
+    check_device,
+    check_logits,
+    choose_impl,
+    compiled,
+    device_guard,
+    launch,
+    library,
+    pointer,
+    rows,
+)
+from regrpo_kernels.objective import KL_ESTIMATORS, POLICIES, Objective, token_objective
+from regrpo_kernels.token_log_probs import token_log_probs_reference
+
+# Rows of the statistics that every implementation fills: GrpoStat in csrc/ops.h.
+STATS = ("loss", "log_prob", "lse", "entropy", "kl", "ratio", "clip_low", "clip_high")
+
+
+class LossOutput(NamedTuple):
+    """What `grpo_loss` returns; everything but `loss` is detached.
+
+    Attributes:
+        loss: 0-d, differentiable with respect to the logits.
+        log_probs, entropy: fp32, shaped like labels, zero where masked; entropy in nats.
+        kl: like log_probs, or None without `ref_log_probs`.
+        metrics: 0-d tensors, means over the unmasked tokens; reading them is what synchronises.
+    """
+
+    loss: Tensor
+    log_probs: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+def grpo_loss_reference(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    advantages: Tensor | None,
+    old_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """The readable specification: `(loss, stats [8, ...])`, differentiated by autograd. fp64 works too."""
+    rows = token_log_probs_reference(
+        logits,
+        labels.masked_fill(~mask, IGNORE_INDEX),
+        temperature=objective.temperature,
+        softcap=objective.softcap,
+        return_entropy=True,
+    )
+    assert rows.entropy is not None
+    # masked entries of the per-token inputs may hold anything as well
+    inputs = [
+        None if x is None else x.to(rows.log_probs.dtype).masked_fill(~mask, 0.0)
+        for x in (old_log_probs, ref_log_probs, advantages)
+    ]
+    token = token_objective(rows.log_probs, *inputs, objective)
+    loss = token.loss
+    if objective.entropy_coef != 0:
+        loss = loss - objective.entropy_coef * rows.entropy
+    loss = loss.masked_fill(~mask, 0.0)
+    stats = torch.stack(
+        [
+            x.detach().masked_fill(~mask, 0.0)
+            for x in (
+                loss,
+                rows.log_probs,
+                rows.lse,
+                rows.entropy,
+                token.kl,
+                token.ratio,
+                token.clip_low,
+                token.clip_high,
+            )
+        ]
+    )
+    return (loss * weights).sum(), stats
+
+
+def sequence_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """`[T]` int64: which packed sequence a token belongs to."""
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    ids = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    return ids.clamp(max=cu_seqlens.shape[0] - 2)
+
+
+def loss_weights(
+    mask: Tensor,
+    objective: Objective,
+    cu_seqlens: Tensor | None,
+    token_sequence: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """`w_t` with `loss = sum_t w_t loss_t`, fp32, shaped like the mask; no synchronisation."""
+    m = mask.float()
+    mode = objective.loss_agg_mode
+    if mode == "token-mean":
+        return m / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+    if cu_seqlens is None:
+        counts = mask.sum(-1)
+    else:
+        assert token_sequence is not None
+        ends = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # integers: exact in any order
+        bounds = ends.index_select(0, cu_seqlens.long())
+        counts = bounds[1:] - bounds[:-1]
+    if mode == "seq-mean-token-mean":
+        per_sequence = 1.0 / counts.clamp(min=1)
+        m = m * (
+            per_sequence.unsqueeze(-1)
+            if token_sequence is None
+            else per_sequence.index_select(0, token_sequence)
+        )
+    elif mode == "seq-mean-token-sum-norm":
+        m = m / float(objective.max_completion_length or 1)
+    return m / ((counts > 0).sum().clamp(min=1) if normalizer is None else normalizer)
+
+
+# --- the op -----------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor labels, Tensor mask, Tensor weights, Tensor? advantages, Tensor? old_log_probs, "
+    "Tensor? ref_log_probs, str policy, str kl_estimator, float[] options"
+)
+library.define(
+    f"grpo_loss(Tensor logits, {_ARGUMENTS}, bool needs_gradient, str impl) "
+    "-> (Tensor loss, Tensor stats, Tensor dlogits)"
+)
+library.define(
+    f"grpo_loss_(Tensor(a!) logits, {_ARGUMENTS}, str impl) -> (Tensor loss, Tensor stats)"
+)
+library.define("scale_gradient_(Tensor(a!) dlogits, Tensor scale, str impl) -> ()")
+
+_OPTIONS = (
+    "epsilon_low",
+    "epsilon_high",
+    "delta",
+    "beta",
+    "entropy_coef",
+    "sapo_tau_pos",
+    "sapo_tau_neg",
+    "temperature",
+    "softcap",
+)
+
+
+def _options(objective: Objective) -> list[float]:
+    return [float(getattr(objective, name) or 0.0) for name in _OPTIONS]
+
+
+def _launch(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    advantages: Tensor | None,
+    old_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    policy: str,
+    kl_estimator: str,
+    options: list[float],
+    dlogits: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    stats = torch.empty((len(STATS), *labels.shape), dtype=torch.float32, device=logits.device)
+    with device_guard(logits):
+        if impl == "triton":
+            from regrpo_kernels import triton_kernels
+
+            triton_kernels.grpo_loss(
+                logits,
+                labels,
+                mask,
+                weights,
+                advantages,
+                old_log_probs,
+                ref_log_probs,
+                policy,
+                kl_estimator,
+                dict(zip(_OPTIONS, options, strict=True)),
+                stats,
+                dlogits,
+            )
+        else:
+            compiled().grpo_loss(
+                dtype=DTYPE_CODES[logits.dtype],
+                logits=rows(logits),
+                rows=labels.numel(),
+                vocab=logits.shape[-1],
+                labels=pointer(labels),
+                mask=pointer(mask),
+                weights=pointer(weights),
+                advantages=pointer(advantages),
+                old_log_probs=pointer(old_log_probs),
+                ref_log_probs=pointer(ref_log_probs),
+                policy=POLICIES.index(policy),
+                kl_estimator=KL_ESTIMATORS.index(kl_estimator),
+                **dict(zip(_OPTIONS, options, strict=True)),
+                stats=pointer(stats),
+                dlogits=None if dlogits is None else rows(dlogits),
+                **launch(logits),
+            )
+    return torch.dot(stats[0].flatten(), weights.flatten()), stats
+
+
+def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, needs_gradient, impl = arguments
+    dlogits = _gradient_buffer(logits, needs_gradient)
+    loss, stats = _launch(logits, *arguments, dlogits if needs_gradient else None, impl)
+    return loss, stats, dlogits
+
+
+def _grpo_loss_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *arguments, impl = arguments
+    return _launch(logits, *arguments, logits, impl)
+
+
+def _gradient_buffer(logits: Tensor, needs_gradient: bool) -> Tensor:
+    shape = logits.shape if needs_gradient else (0,)
+    return torch.empty(shape, dtype=logits.dtype, device=logits.device)
+
+
+def _scale_gradient(dlogits: Tensor, scale: Tensor, impl: str) -> None:
+    if impl == "triton":
+        from regrpo_kernels import triton_kernels
+
+        with device_guard(dlogits):
+            triton_kernels.scale_gradient(dlogits, scale)
+    elif dlogits.device.type == "cpu" and scale.item() == 1.0:
+        return
+    else:
+        dlogits.mul_(scale)
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("grpo_loss", _grpo_loss, _device)
+    library.impl("grpo_loss_", _grpo_loss_inplace, _device)
+    library.impl("scale_gradient_", _scale_gradient, _device)
+
+
+def _fake_outputs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    fp32 = {"dtype": torch.float32, "device": logits.device}
+    return torch.empty((), **fp32), torch.empty((len(STATS), *labels.shape), **fp32)
+
+
+@torch.library.register_fake("regrpo_kernels::grpo_loss", lib=library)
+def _(logits, labels, *arguments):
+    return *_fake_outputs(logits, labels), _gradient_buffer(logits, arguments[-2])
+
+
+@torch.library.register_fake("regrpo_kernels::grpo_loss_", lib=library)
+def _(logits, labels, *arguments):
+    return _fake_outputs(logits, labels)
+
+
+@torch.library.register_fake("regrpo_kernels::scale_gradient_", lib=library)
+def _(dlogits, scale, impl):
+    return None
+
+
+def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
+    """The gradient that forward left in `ctx.dlogits`, times `dloss`, given away unless the graph is kept."""
+    if ctx.dlogits is None:
+        raise RuntimeError(
+            "grpo_loss: its gradient was already used by an earlier backward; call "
+            "backward(retain_graph=True) the first time, or grpo_loss again"
+        )
+    dlogits, ctx.dlogits = ctx.dlogits, None
+    if torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace:
+        ctx.dlogits, dlogits = dlogits, dlogits.clone()
+    torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
+    return dlogits
+
+
+def _setup_context(ctx, inputs, output):
+    _, stats, ctx.dlogits = output
+    ctx.impl, ctx.inplace = inputs[-1], False
+    ctx.mark_non_differentiable(stats, ctx.dlogits)
+
+
+def _backward(ctx, dloss, dstats, ddlogits):
+    return _hand_over(ctx, dloss), *[None] * 11
+
+
+torch.library.register_autograd(
+    "regrpo_kernels::grpo_loss", _backward, setup_context=_setup_context, lib=library
+)
+
+
+class _InplaceGrpoLoss(torch.autograd.Function):
+    """`grpo_loss_` overwrites the logits, and an op that mutates its input has no registered autograd."""
+
+    @staticmethod
+    def forward(ctx, logits, *arguments):
+        loss, stats = torch.ops.regrpo_kernels.grpo_loss_(logits, *arguments)
+        ctx.dlogits, ctx.impl, ctx.inplace = logits.detach(), arguments[-1], True
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, dloss, dstats):
+        return _hand_over(ctx, dloss), *[None] * 10
+
+
+# --- the public function ----------------------------------------------------------------------------------------
+
+
+def grpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    advantages: Tensor | None,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | None = None,
+    normalizer: float | Tensor | None = None,
+    inplace: bool = False,
+    impl: str | None = None,
+) -> LossOutput:
+    """The clipped policy-gradient loss over a batch of completions, with its gradient computed in the same sweep.
+
+    Args:
+        logits: `[T, V]` (packed) or `[B, L, V]` (padded), fp32, bf16 or fp16; any strides with a contiguous last
+            dimension. Row t scores `labels[t]`: shift the labels, not the logits.
+        labels: int64 `[T]` or `[B, L]`; -100 masks the token.
+        advantages: shaped like labels (per token) or `[B]` (per sequence); None for policy "nll".
+        old_log_probs, ref_log_probs: shaped like labels; the behaviour policy's (None: the current ones,
+            detached, so the ratio is 1) and the reference policy's (None: no KL).
+        loss_mask: shaped like labels, nonzero where the token is trained. Masked rows of the logits are never
+            read, and masked entries of the other inputs may hold anything.
+        cu_seqlens: int32 or int64 `[B + 1]`, where packed sequences start and end; needed by per-sequence advantages,
+            the "seq-mean-*" modes and sequence-level ratios over packed logits.
+        objective: an `Objective`; None for its defaults.
+        normalizer: replaces the number of trained tokens ("token-mean") or of sequences ("seq-mean-*") that the
+            sum is divided by. Give the global count to split a batch into micro-batches or ranks.
+        inplace: write the gradient over the logits, which then hold no logits any more. They may be the output
+            of a layer, as long as its backward does not read that output (a linear head does not). Only takes
+            effect where the logits require a gradient.
+        impl: None (the best present), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        `LossOutput`.
+
+    Raises:
+        ValueError, TypeError: a bad shape, dtype, device or option, before anything is written; a label or
+            cu_seqlens out of range (on CPU, where checking costs no synchronisation).
+    """
+    objective = Objective() if objective is None else objective
+    chosen = choose_impl(impl, logits.device)
+    check_logits(logits, labels, reference=chosen == "reference")
+    packed = logits.dim() == 2
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, logits)
+    for name, tensor in (
+        ("old_log_probs", old_log_probs),
+        ("ref_log_probs", ref_log_probs),
+        ("loss_mask", loss_mask),
+    ):
+        if tensor is not None:
+            if tensor.shape != labels.shape:
+                raise ValueError(
+                    f"{name} must have the shape of labels {list(labels.shape)}, "
+                    f"got {list(tensor.shape)}"
+                )
+            check_device(name, tensor, logits)
+    per_sequence = _per_sequence_advantages(advantages, labels, cu_seqlens, objective)
+    needs_sequences = (
+        per_sequence
+        or objective.loss_agg_mode != "token-mean"
+        or objective.ratio_level == "sequence"
+    )
+    if needs_sequences and packed and cu_seqlens is None:
+        raise ValueError(
+            "cu_seqlens is needed for packed logits [T, V] by per-sequence advantages, by "
+            f"loss_agg_mode={objective.loss_agg_mode!r} and by "
+            f"ratio_level={objective.ratio_level!r}; got None"
+        )
+    if inplace and chosen == "reference":
+        raise ValueError("inplace=True is not available with impl='reference'")
+    if inplace and any(
+        s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)
+    ):
+        raise ValueError("logits must not be expanded (a stride of 0) when inplace=True")
+    if objective.ratio_level == "sequence":
+        raise NotImplementedError("Objective.ratio_level='sequence' is not implemented yet")
+
+    mask = labels != IGNORE_INDEX
+    if loss_mask is not None:
+        mask = mask & (loss_mask != 0)
+    token_sequence = (
+        sequence_ids(cu_seqlens, labels.shape[0])
+        if needs_sequences and cu_seqlens is not None
+        else None
+    )
+    weights = loss_weights(mask, objective, cu_seqlens, token_sequence, normalizer)
+    if advantages is not None and objective.policy != "nll":
+        if per_sequence and token_sequence is not None:
+            advantages = advantages.index_select(0, token_sequence)
+        elif per_sequence:
+            advantages = advantages.unsqueeze(-1).expand(labels.shape)
+    else:
+        advantages = None
+
+    if chosen == "reference":
+        loss, stats = grpo_loss_reference(
+            logits, labels, mask, weights, advantages, old_log_probs, ref_log_probs, objective
+        )
+    else:
+        arguments = (
+            labels.contiguous(),
+            mask.contiguous(),
+            weights.float().contiguous(),
+            *[
+                None if x is None else x.detach().float().contiguous()
+                for x in (advantages, old_log_probs, ref_log_probs)
+            ],
+            objective.policy,
+            objective.kl_estimator,
+            _options(objective),
+        )
+        needs_gradient = logits.requires_grad and torch.is_grad_enabled()
+        if inplace and needs_gradient:
+            loss, stats = _InplaceGrpoLoss.apply(logits, *arguments, chosen)
+        else:
+            loss, stats, _ = torch.ops.regrpo_kernels.grpo_loss(
+                logits, *arguments, needs_gradient, chosen
+            )
+    return _output(loss, stats, mask, ref_log_probs is not None)
+
+
+def _output(loss: Tensor, stats: Tensor, mask: Tensor, has_ref: bool) -> LossOutput:
+    share = mask.to(stats.dtype) / mask.sum().clamp(min=1)
+    mean = dict(zip(STATS, stats.flatten(1).mv(share.flatten()).unbind(), strict=True))
+    ratio = stats[STATS.index("ratio")]
+    metrics = {
+        "clip_ratio/low_mean": mean["clip_low"],
+        "clip_ratio/high_mean": mean["clip_high"],
+        "clip_ratio/region_mean": mean["clip_low"] + mean["clip_high"],
+        "entropy": mean["entropy"],
+        "ratio/mean": mean["ratio"],
+    }
+    if mask.numel() > 0:
+        metrics["ratio/min"] = ratio.masked_fill(~mask, torch.inf).amin()
+        metrics["ratio/max"] = ratio.amax()
+    if has_ref:
+        metrics["kl"] = mean["kl"]
+    return LossOutput(
+        loss,
+        stats[STATS.index("log_prob")],
+        stats[STATS.index("entropy")],
+        stats[STATS.index("kl")] if has_ref else None,
+        metrics,
+    )
+
+
+def _per_sequence_advantages(
+    advantages: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, objective: Objective
+) -> bool:
+    """Checks the advantages; True when there is one for each sequence."""
+    if advantages is None:
+        if objective.policy != "nll":
+            raise ValueError(f"advantages are needed by policy {objective.policy!r}, got None")
+        return False
+    check_device("advantages", advantages, labels)
+    if not advantages.is_floating_point():
+        raise TypeError(f"advantages must have a floating-point dtype, got {advantages.dtype}")
+    if advantages.shape == labels.shape:
+        return False
+    if labels.dim() == 2:
+        expected = f"{list(labels.shape)} or [{labels.shape[0]}]"
+        fits = advantages.shape == labels.shape[:1]
+    elif cu_seqlens is None:
+        expected = f"{list(labels.shape)}, or [B] together with cu_seqlens"
+        fits = False
+    else:
+        expected = f"{list(labels.shape)} or [{cu_seqlens.shape[0] - 1}]"
+        fits = advantages.shape == (cu_seqlens.shape[0] - 1,)
+    if not fits:
+        raise ValueError(f"advantages must have shape {expected}, got {list(advantages.shape)}")
+    return True
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:
+    if logits.dim() != 2:
+        raise ValueError(
+            f"cu_seqlens goes with packed logits [T, V], got logits {list(logits.shape)}"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must have dtype int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must have shape [B + 1] with B >= 1, got {list(cu_seqlens.shape)}"
+        )
+    check_device("cu_seqlens", cu_seqlens, logits)
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+        return  # reading the values would break the graph or synchronise
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != logits.shape[0] or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {logits.shape[0]}, got {bounds[:8]}"
+            f"{' ...' if len(bounds) > 8 else ''}"
+        )
