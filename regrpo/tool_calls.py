@@ -141,6 +141,8 @@ def parse_call(code: str) -> ToolCall:
     for keyword in call.keywords:
         if keyword.arg is None:
             raise ToolCallError("** is not allowed; write each argument as name=value")
+        if keyword.arg in kwargs:
+            raise ToolCallError(f"keyword argument repeated: {keyword.arg}")
         kwargs[keyword.arg] = _evaluate(keyword.value)
     return ToolCall(call.func.id, args, kwargs)
 

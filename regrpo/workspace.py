@@ -73,7 +73,7 @@ def file_to_dict(file: WorkspaceFile) -> dict[str, Any]:
 def file_from_dict(fields: dict[str, Any]) -> WorkspaceFile:
     """The inverse of `file_to_dict`; ValueError for an unknown kind or wrong fields."""
     kind = fields.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     try:
         file: WorkspaceFile = _KINDS[kind](**{k: v for k, v in fields.items() if k != "kind"})
@@ -87,8 +87,11 @@ def build_workspace(root: Path, files: Sequence[WorkspaceFile]) -> None:
     """Write the files under the existing, empty folder `root`.
 
     Raises ValueError, before anything is written, for a path or link target that leaves the
-    workspace, two files at one path, a file below another file, or a page that cannot be drawn.
+    workspace, two files at one path, a file below another file, or a page that cannot be drawn;
+    and for a script that SQLite does not accept.
     """
+    if any(root.iterdir()):
+        raise ValueError(f"root must be an empty folder, got {str(root)!r}")
     paths = set()
     for file in files:
         _check(file)
@@ -140,6 +143,9 @@ def _check(file: WorkspaceFile) -> None:
         _check_text(file.path, "script", file.script)
     elif isinstance(file, LinkFile):
         _check_text(file.path, "target", file.target)
+        # In `folder/..` the folder may itself be a link, and its parent is then anywhere.
+        if file.target != os.path.normpath(file.target):
+            raise ValueError(f"target of {file.path!r} must be normalised, got {file.target!r}")
         _check_path(
             "target", os.path.normpath(os.path.join(os.path.dirname(file.path), file.target))
         )
@@ -162,6 +168,10 @@ def _check_path(name: str, path: str) -> None:
 
 def _check_page(file: PageFile) -> None:
     width, height = file.size
+    if not all(
+        isinstance(n, int) for n in (width, height, *(n for line in file.lines for n in line[:2]))
+    ):
+        raise ValueError(f"size and positions of {file.path!r} must be int")
     if not (0 < width <= MAX_PAGE_SIDE and 0 < height <= MAX_PAGE_SIDE):
         raise ValueError(f"size of {file.path!r} must be 1 to {MAX_PAGE_SIDE}, got {file.size}")
     boxes: list[tuple[int, int, int, int, str]] = []
