@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,9 +32,56 @@ void check(int status, const char* op, const int64_t* labels = nullptr, int64_t 
   throw std::runtime_error(std::string(op) + " failed with status " + std::to_string(status));
 }
 
-#ifndef REGRPO_CUDA_ARCHITECTURES
-#define REGRPO_CUDA_ARCHITECTURES ""
+void run_group_advantages(int64_t sequences, uintptr_t rewards, uintptr_t group_ids, int64_t group_size, int baseline,
+                          int scale, int ddof, double eps, double min_std, double clip, uintptr_t advantages,
+                          std::optional<uintptr_t> stream) {
+  GroupAdvantagesArgs args;
+  args.sequences = sequences;
+  args.rewards = ptr<const float>(rewards);
+  args.group_ids = ptr<const int64_t>(group_ids);
+  args.group_size = group_size;
+  args.rule = {baseline, scale, ddof, eps, min_std, clip};
+  args.advantages = ptr<float>(advantages);
+#ifdef REGRPO_CUDA_ARCHITECTURES
+  if (stream) return check(cuda::group_advantages(args, ptr<void>(*stream)), "group_advantages");
 #endif
+  if (stream) throw std::runtime_error("group_advantages: the CUDA kernels are not compiled");
+  check(cpu::group_advantages(args), "group_advantages");
+}
+
+void run_reflection_advantages(int64_t sequences, int64_t tokens, uintptr_t success, uintptr_t verifier_scores,
+                               uintptr_t segment_ids, int segment_id_bytes, uintptr_t cu_seqlens, double lambda_exec,
+                               double eta, double tokens_per_cost, double lambda_val, uintptr_t group_ids,
+                               int64_t group_size, int baseline, int scale, int ddof, double eps, double min_std,
+                               double clip, uintptr_t reflection_tokens, uintptr_t rewards, uintptr_t advantages,
+                               uintptr_t token_advantages, uintptr_t loss_mask, std::optional<uintptr_t> stream) {
+  ReflectionAdvantagesArgs args;
+  args.tokens = tokens;
+  args.success = ptr<const float>(success);
+  args.verifier_scores = ptr<const float>(verifier_scores);
+  args.segment_ids = ptr<const void>(segment_ids);
+  args.segment_id_bytes = segment_id_bytes;
+  args.cu_seqlens = ptr<const int32_t>(cu_seqlens);
+  args.lambda_exec = lambda_exec;
+  args.eta = eta;
+  args.tokens_per_cost = tokens_per_cost;
+  args.lambda_val = lambda_val;
+  args.reflection_tokens = ptr<int64_t>(reflection_tokens);
+  args.rewards = ptr<float>(rewards);
+  args.group.sequences = sequences;
+  args.group.rewards = args.rewards;
+  args.group.group_ids = ptr<const int64_t>(group_ids);
+  args.group.group_size = group_size;
+  args.group.rule = {baseline, scale, ddof, eps, min_std, clip};
+  args.group.advantages = ptr<float>(advantages);
+  args.token_advantages = ptr<float>(token_advantages);
+  args.loss_mask = ptr<bool>(loss_mask);
+#ifdef REGRPO_CUDA_ARCHITECTURES
+  if (stream) return check(cuda::reflection_advantages(args, ptr<void>(*stream)), "reflection_advantages");
+#endif
+  if (stream) throw std::runtime_error("reflection_advantages: the CUDA kernels are not compiled");
+  check(cpu::reflection_advantages(args), "reflection_advantages");
+}
 
 py::dict build_info() {
   static const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
@@ -47,7 +95,11 @@ py::dict build_info() {
   info["cpu_isas_compiled"] = compiled;
   info["cpu_isas_usable"] = usable;
   info["cpu_isa"] = names[cpu::best_isa()];
+#ifdef REGRPO_CUDA_ARCHITECTURES
   info["cuda_architectures"] = REGRPO_CUDA_ARCHITECTURES;
+#else
+  info["cuda_architectures"] = "";
+#endif
   info["compiler"] = __VERSION__;
   return info;
 }
@@ -56,4 +108,15 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build_info", &build_info);
+  m.def("group_advantages", &run_group_advantages, py::call_guard<py::gil_scoped_release>(), py::kw_only(),
+        py::arg("sequences"), py::arg("rewards"), py::arg("group_ids"), py::arg("group_size"), py::arg("baseline"),
+        py::arg("scale"), py::arg("ddof"), py::arg("eps"), py::arg("min_std"), py::arg("clip"),
+        py::arg("advantages"), py::arg("stream"));
+  m.def("reflection_advantages", &run_reflection_advantages, py::call_guard<py::gil_scoped_release>(), py::kw_only(),
+        py::arg("sequences"), py::arg("tokens"), py::arg("success"), py::arg("verifier_scores"),
+        py::arg("segment_ids"), py::arg("segment_id_bytes"), py::arg("cu_seqlens"), py::arg("lambda_exec"),
+        py::arg("eta"), py::arg("tokens_per_cost"), py::arg("lambda_val"), py::arg("group_ids"),
+        py::arg("group_size"), py::arg("baseline"), py::arg("scale"), py::arg("ddof"), py::arg("eps"),
+        py::arg("min_std"), py::arg("clip"), py::arg("reflection_tokens"), py::arg("rewards"),
+        py::arg("advantages"), py::arg("token_advantages"), py::arg("loss_mask"), py::arg("stream"));
 }

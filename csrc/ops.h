@@ -77,6 +77,42 @@ struct GrpoLossArgs {
 };
 
 // ---- group_advantages, reflection_advantages -------------------------------------------------------------
+// The numbers are the positions in BASELINES and SCALES of group_advantages.py, and Segment of reflection_advantages.py.
+enum Baseline : int { kBaselineMean = 0, kBaselineLeaveOneOut = 1, kBaselineNone = 2 };
+enum Scale : int { kScaleNone = 0, kScaleGroup = 1, kScaleBatch = 2 };
+enum Segment : int { kSegmentContext = 0, kSegmentAction = 1, kSegmentObservation = 2, kSegmentReflection = 3 };
+
+struct AdvantageRule {
+  int baseline;
+  int scale;
+  int ddof;
+  double eps, min_std;
+  double clip;  // infinite: none
+};
+
+struct GroupAdvantagesArgs {
+  int64_t sequences;
+  const float* rewards;      // [sequences]
+  const int64_t* group_ids;  // [sequences] in any order, or null: groups of group_size, one after the other
+  int64_t group_size;
+  AdvantageRule rule;
+  float* advantages;  // [sequences]
+};
+
+struct ReflectionAdvantagesArgs {
+  int64_t tokens;
+  const float* success;          // [sequences]
+  const float* verifier_scores;  // [sequences] or null
+  const void* segment_ids;       // [tokens] integers of segment_id_bytes (1, 4 or 8)
+  int segment_id_bytes;
+  const int32_t* cu_seqlens;  // [sequences + 1]
+  double lambda_exec, eta, tokens_per_cost, lambda_val;
+  int64_t* reflection_tokens;  // [sequences]
+  float* rewards;              // [sequences]; group.rewards is the same
+  GroupAdvantagesArgs group;
+  float* token_advantages;  // [tokens]
+  bool* loss_mask;          // [tokens]
+};
 
 // ---- launchers -------------------------------------------------------------------------------------------
 namespace cpu {
@@ -85,6 +121,8 @@ bool has_isa(int isa);  // compiled in, and this machine runs it
 int token_log_probs(TokenLogProbsArgs& args, int num_threads, int isa);
 int token_log_probs_backward(TokenLogProbsArgs& args, int num_threads, int isa);
 int grpo_loss(GrpoLossArgs& args, int num_threads, int isa);
+int group_advantages(const GroupAdvantagesArgs& args);
+int reflection_advantages(const ReflectionAdvantagesArgs& args);
 }  // namespace cpu
 
 #ifdef REGRPO_CUDA_ARCHITECTURES
@@ -92,6 +130,8 @@ namespace cuda {
 int token_log_probs(const TokenLogProbsArgs& args, void* stream);
 int token_log_probs_backward(const TokenLogProbsArgs& args, void* stream);
 int grpo_loss(const GrpoLossArgs& args, void* stream);
+int group_advantages(const GroupAdvantagesArgs& args, void* stream);
+int reflection_advantages(const ReflectionAdvantagesArgs& args, void* stream);
 }  // namespace cuda
 #endif
 

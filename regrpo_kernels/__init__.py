@@ -2,16 +2,26 @@
 
 from regrpo_kernels._info import build_info
 from regrpo_kernels._library import force_isa
+from regrpo_kernels.group_advantages import group_advantages
 from regrpo_kernels.grpo_loss import LossOutput, grpo_loss
 from regrpo_kernels.objective import Objective
+from regrpo_kernels.reflection_advantages import (
+    ReflectionAdvantages,
+    Segment,
+    reflection_advantages,
+)
 from regrpo_kernels.token_log_probs import TokenLogProbs, token_log_probs
 
 __all__ = [
     "LossOutput",
     "Objective",
+    "ReflectionAdvantages",
+    "Segment",
     "TokenLogProbs",
     "build_info",
     "force_isa",
+    "group_advantages",
     "grpo_loss",
+    "reflection_advantages",
     "token_log_probs",
 ]
