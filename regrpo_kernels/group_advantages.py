@@ -101,7 +101,7 @@ def _(rewards, group_ids, group_size, baseline, scale, ddof, eps, min_std, clip,
     return torch.empty_like(rewards)
 
 
-@torch.library.impl(library, "group_advantages", ("CPU", "CUDA"))
+@torch.library.impl("regrpo_kernels::group_advantages", ("cpu", "cuda"), lib=library)
 def _group_advantages(
     rewards: Tensor,
     group_ids: Tensor | None,

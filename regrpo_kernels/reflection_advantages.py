@@ -131,7 +131,7 @@ def _check_values(
         )
 
 
-@torch.library.impl(library, "reflection_advantages", ("CPU", "CUDA"))
+@torch.library.impl("regrpo_kernels::reflection_advantages", ("cpu", "cuda"), lib=library)
 def _reflection_advantages(
     success: Tensor,
     segment_ids: Tensor,
