@@ -154,7 +154,7 @@ class _Worker:
 
     def send(self, requests: Sequence[tuple[Path, ToolCall]]) -> None:
         self.accepted = False
-        data = pickle.dumps(list(requests))
+        data = pickle.dumps([(root.absolute(), call) for root, call in requests])
         view = memoryview(len(data).to_bytes(8, "big") + data)
         try:
             while view:

@@ -13,7 +13,7 @@ from regrpo.tools.glyphs import CELL_HEIGHT, CELL_WIDTH, CHARACTERS, MAX_SPACES,
 
 MAX_PAGE_SIDE = 2000
 # Bounds a script that never ends; a schema with a few thousand rows takes well under a million.
-_MAX_SQLITE_STEPS = 50_000_000
+_MAX_SQLITE_STEPS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,10 @@ def _check_page(file: PageFile) -> None:
         raise ValueError(f"size of {file.path!r} must be 1 to {MAX_PAGE_SIDE}, got {file.size}")
     boxes: list[tuple[int, int, int, int, str]] = []
     for x, y, text in file.lines:
-        if not set(text) <= set(CHARACTERS) or not text.strip() or text != text.strip():
-            raise ValueError(
-                f"{file.path!r} cannot be drawn: {text!r} has characters not in the font"
-            )
+        if not isinstance(text, str) or not text or text != text.strip():
+            raise ValueError(f"{file.path!r}: a line must be text without white space around it")
+        if not set(text) <= set(CHARACTERS):
+            raise ValueError(f"{file.path!r}: the font lacks a character of {text!r}")
         if " " * (MAX_SPACES + 1) in text:
             raise ValueError(f"{file.path!r}: more than {MAX_SPACES} spaces in a row in {text!r}")
         x1, y1 = x + CELL_WIDTH * len(text), y + CELL_HEIGHT

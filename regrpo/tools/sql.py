@@ -21,6 +21,7 @@ _ALLOWED = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
+_FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}  # code, and addresses of code
 _SCHEMA = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid"
 
 
@@ -62,7 +63,7 @@ def _schema(connection: sqlite3.Connection) -> str:
 
 
 def _authorize(action: int, _first: str | None, second: str | None, *_: str | None) -> int:
-    if action == sqlite3.SQLITE_FUNCTION and second == "load_extension":
+    if action == sqlite3.SQLITE_FUNCTION and second in _FORBIDDEN_FUNCTIONS:
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
 
