@@ -32,6 +32,88 @@ void check(int status, const char* op, const int64_t* labels = nullptr, int64_t 
   throw std::runtime_error(std::string(op) + " failed with status " + std::to_string(status));
 }
 
+int isa_code(const std::string& isa) {
+  static const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  for (int i = 0; i < kIsaCount; ++i)
+    if (isa == names[i]) return i;
+  return kIsaAuto;
+}
+
+void run_token_log_probs(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels, double temperature,
+                         double softcap, uintptr_t log_probs, uintptr_t lse, uintptr_t entropy,
+                         std::optional<uintptr_t> stream, int num_threads, const std::string& isa) {
+  TokenLogProbsArgs args{};
+  args.dtype = dtype;
+  args.logits = rows_of(logits);
+  args.rows = rows;
+  args.vocab = vocab;
+  args.labels = ptr<int64_t>(labels);
+  args.temperature = temperature;
+  args.softcap = softcap;
+  args.log_probs = ptr<float>(log_probs);
+  args.lse = ptr<float>(lse);
+  args.entropy = ptr<float>(entropy);
+#ifdef REGRPO_CUDA_ARCHITECTURES
+  if (stream) return check(cuda::token_log_probs(args, ptr<void>(*stream)), "token_log_probs");
+#endif
+  if (stream) throw std::runtime_error("token_log_probs: the CUDA kernels are not compiled");
+  check(cpu::token_log_probs(args, num_threads, isa_code(isa)), "token_log_probs", args.labels, args.bad_row, vocab);
+}
+
+void run_token_log_probs_backward(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels,
+                                  double temperature, double softcap, uintptr_t lse, uintptr_t entropy,
+                                  uintptr_t dlog_probs, uintptr_t dentropy, RowsTuple dlogits,
+                                  std::optional<uintptr_t> stream, int num_threads, const std::string& isa) {
+  TokenLogProbsArgs args{};
+  args.dtype = dtype;
+  args.logits = rows_of(logits);
+  args.rows = rows;
+  args.vocab = vocab;
+  args.labels = ptr<int64_t>(labels);
+  args.temperature = temperature;
+  args.softcap = softcap;
+  args.lse = ptr<float>(lse);
+  args.entropy = ptr<float>(entropy);
+  args.dlog_probs = ptr<float>(dlog_probs);
+  args.dentropy = ptr<float>(dentropy);
+  args.dlogits = rows_of(dlogits);
+#ifdef REGRPO_CUDA_ARCHITECTURES
+  if (stream) return check(cuda::token_log_probs_backward(args, ptr<void>(*stream)), "token_log_probs_backward");
+#endif
+  if (stream) throw std::runtime_error("token_log_probs_backward: the CUDA kernels are not compiled");
+  check(cpu::token_log_probs_backward(args, num_threads, isa_code(isa)), "token_log_probs_backward");
+}
+
+void run_grpo_loss(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels, uintptr_t mask,
+                   uintptr_t weights, uintptr_t advantages, uintptr_t old_log_probs, uintptr_t ref_log_probs, int policy,
+                   int kl_estimator, float epsilon_low, float epsilon_high, float delta, float beta, float entropy_coef,
+                   float sapo_tau_pos, float sapo_tau_neg, double temperature, double softcap, uintptr_t stats,
+                   std::optional<RowsTuple> dlogits, std::optional<uintptr_t> stream, int num_threads,
+                   const std::string& isa) {
+  GrpoLossArgs args{};
+  args.dtype = dtype;
+  args.logits = rows_of(logits);
+  args.rows = rows;
+  args.vocab = vocab;
+  args.labels = ptr<int64_t>(labels);
+  args.mask = ptr<uint8_t>(mask);
+  args.weights = ptr<float>(weights);
+  args.advantages = ptr<float>(advantages);
+  args.old_log_probs = ptr<float>(old_log_probs);
+  args.ref_log_probs = ptr<float>(ref_log_probs);
+  args.temperature = temperature;
+  args.softcap = softcap;
+  args.objective = {policy, kl_estimator, epsilon_low, epsilon_high, delta, beta, entropy_coef, sapo_tau_pos,
+                    sapo_tau_neg};
+  args.stats = ptr<float>(stats);
+  if (dlogits) args.dlogits = rows_of(*dlogits);
+#ifdef REGRPO_CUDA_ARCHITECTURES
+  if (stream) return check(cuda::grpo_loss(args, ptr<void>(*stream)), "grpo_loss");
+#endif
+  if (stream) throw std::runtime_error("grpo_loss: the CUDA kernels are not compiled");
+  check(cpu::grpo_loss(args, num_threads, isa_code(isa)), "grpo_loss", args.labels, args.bad_row, vocab);
+}
+
 void run_group_advantages(int64_t sequences, uintptr_t rewards, uintptr_t group_ids, int64_t group_size, int baseline,
                           int scale, int ddof, double eps, double min_std, double clip, uintptr_t advantages,
                           std::optional<uintptr_t> stream) {
@@ -108,11 +190,26 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build_info", &build_info);
-  m.def("group_advantages", &run_group_advantages, py::call_guard<py::gil_scoped_release>(), py::kw_only(),
+  using nogil = py::call_guard<py::gil_scoped_release>;
+  m.def("token_log_probs", &run_token_log_probs, nogil(), py::kw_only(), py::arg("dtype"), py::arg("logits"),
+        py::arg("rows"), py::arg("vocab"), py::arg("labels"), py::arg("temperature"), py::arg("softcap"),
+        py::arg("log_probs"), py::arg("lse"), py::arg("entropy"), py::arg("stream"), py::arg("num_threads") = 1,
+        py::arg("isa") = "auto");
+  m.def("token_log_probs_backward", &run_token_log_probs_backward, nogil(), py::kw_only(), py::arg("dtype"),
+        py::arg("logits"), py::arg("rows"), py::arg("vocab"), py::arg("labels"), py::arg("temperature"),
+        py::arg("softcap"), py::arg("lse"), py::arg("entropy"), py::arg("dlog_probs"), py::arg("dentropy"),
+        py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1, py::arg("isa") = "auto");
+  m.def("grpo_loss", &run_grpo_loss, nogil(), py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("rows"),
+        py::arg("vocab"), py::arg("labels"), py::arg("mask"), py::arg("weights"), py::arg("advantages"),
+        py::arg("old_log_probs"), py::arg("ref_log_probs"), py::arg("policy"), py::arg("kl_estimator"),
+        py::arg("epsilon_low"), py::arg("epsilon_high"), py::arg("delta"), py::arg("beta"), py::arg("entropy_coef"),
+        py::arg("sapo_tau_pos"), py::arg("sapo_tau_neg"), py::arg("temperature"), py::arg("softcap"), py::arg("stats"),
+        py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1, py::arg("isa") = "auto");
+  m.def("group_advantages", &run_group_advantages, nogil(), py::kw_only(),
         py::arg("sequences"), py::arg("rewards"), py::arg("group_ids"), py::arg("group_size"), py::arg("baseline"),
         py::arg("scale"), py::arg("ddof"), py::arg("eps"), py::arg("min_std"), py::arg("clip"),
         py::arg("advantages"), py::arg("stream"));
-  m.def("reflection_advantages", &run_reflection_advantages, py::call_guard<py::gil_scoped_release>(), py::kw_only(),
+  m.def("reflection_advantages", &run_reflection_advantages, nogil(), py::kw_only(),
         py::arg("sequences"), py::arg("tokens"), py::arg("success"), py::arg("verifier_scores"),
         py::arg("segment_ids"), py::arg("segment_id_bytes"), py::arg("cu_seqlens"), py::arg("lambda_exec"),
         py::arg("eta"), py::arg("tokens_per_cost"), py::arg("lambda_val"), py::arg("group_ids"),

@@ -1,0 +1,89 @@
+// grpo_loss: one fused sweep. A row is read from memory once; its gradient is computed from cache and written once.
+#include "cpu/launch.h"
+#include "objective.h"
+
+namespace {
+
+bool labels_in_range(GrpoLossArgs& a) {
+  for (int64_t r = 0; r < a.rows; ++r) {
+    if (!a.mask[r] || (a.labels[r] >= 0 && a.labels[r] < a.vocab)) continue;
+    a.bad_row = r;
+    return false;
+  }
+  return true;
+}
+
+template <typename T, bool CAP, bool STREAM>
+void sweep_row(const GrpoLossArgs& a, int64_t r, const RowScale& scale, const T* next) {
+  const T* p = row_at<T>(a.logits, r);
+  const RowSums sums = row_forward<T, CAP, true>(p, a.vocab, scale);
+  const double log_sum = log(sums.sum);
+  const float z_label = Reader<T, CAP>(p, scale).scalar(a.labels[r]);
+  const float log_prob = float((double(z_label) - sums.max) * scale.inv_temperature - log_sum);
+  const double entropy = log_sum - scale.inv_temperature * sums.moment / sums.sum;
+
+  const auto at = [r](const float* x) { return x ? x + r : nullptr; };
+  const TokenObjective token = token_objective(a.objective, log_prob, at(a.old_log_probs), at(a.ref_log_probs),
+                                               a.advantages ? a.advantages[r] : 1.0f);
+  const float entropy_coef = a.objective.entropy_coef;
+  const auto stat = [&](GrpoStat which) -> float& { return a.stats[which * a.rows + r]; };
+  stat(kStatLoss) = token.loss - (entropy_coef != 0.0f ? entropy_coef * float(entropy) : 0.0f);
+  stat(kStatLogProb) = log_prob;
+  stat(kStatLse) = float(sums.max * scale.inv_temperature + log_sum);
+  stat(kStatEntropy) = float(entropy);
+  stat(kStatKl) = token.kl;
+  stat(kStatRatio) = token.ratio;
+  stat(kStatClipLow) = token.clip_low;
+  stat(kStatClipHigh) = token.clip_high;
+
+  if (!a.dlogits.data) return;
+  const double weight = a.weights[r] * scale.inv_temperature;
+  const double g = weight * token.dlog_prob, k = weight * entropy_coef;
+  T* out = row_at<T>(a.dlogits, r);
+  if (g == 0.0 && k == 0.0) {
+    memset(out, 0, a.vocab * sizeof(T));
+    return;
+  }
+  RowGradient gradient;
+  gradient.max = sums.max;
+  gradient.at_label = g;
+  gradient.b = (-g + (k != 0.0 ? k * (entropy - log_sum) : 0.0)) / sums.sum;
+  gradient.a = k * scale.inv_temperature / sums.sum;
+  if (k != 0.0) {
+    row_gradient<T, CAP, true, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient, next);
+  } else {
+    row_gradient<T, CAP, false, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient, next);
+  }
+}
+
+template <typename T>
+int sweep(GrpoLossArgs& a, int num_threads) {
+  if (!labels_in_range(a)) return kBadLabel;
+  const RowScale scale{1.0 / a.temperature, float(a.softcap)};
+  const bool fresh = a.dlogits.data && a.dlogits.data != a.logits.data;
+  const bool stream = fresh && is_aligned<T>(a.dlogits);
+  if (fresh) advise_huge_pages(a.dlogits.data, a.rows * a.vocab * int64_t(sizeof(T)));
+  for_each_row(a.rows, a.vocab, num_threads, [&](int64_t r, int64_t next_row) {
+    if (!a.mask[r]) {
+      for (int s = 0; s < kGrpoStats; ++s) a.stats[s * a.rows + r] = 0.0f;
+      if (a.dlogits.data) memset(row_at<T>(a.dlogits, r), 0, a.vocab * sizeof(T));
+      return;
+    }
+    // the next row travels from memory while this one's gradient is computed
+    const T* next = next_row >= 0 && a.mask[next_row] ? row_at<T>(a.logits, next_row) : nullptr;
+    if (scale.softcap > 0.0f) {
+      stream ? sweep_row<T, true, true>(a, r, scale, next) : sweep_row<T, true, false>(a, r, scale, next);
+    } else {
+      stream ? sweep_row<T, false, true>(a, r, scale, next) : sweep_row<T, false, false>(a, r, scale, next);
+    }
+  });
+  return kOk;
+}
+
+}  // namespace
+
+namespace regrpo::cpu::REGRPO_ISA {
+
+int grpo_loss(GrpoLossArgs& args, int num_threads) { REGRPO_FOR_DTYPE(args.dtype, sweep, args, num_threads) }
+
+}  // namespace regrpo::cpu::REGRPO_ISA
