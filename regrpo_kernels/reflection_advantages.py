@@ -238,7 +238,7 @@ def reflection_advantages(
     rule = AdvantageRule(baseline, scale, ddof=1, eps=1e-4, min_std=min_std, clip=clip)
     rule.check()
     for name, weight in (("lambda_exec", lambda_exec), ("eta", eta), ("lambda_val", lambda_val)):
-        if not math.isfinite(weight):
+        if not -math.inf < weight < math.inf:
             raise ValueError(f"{name} must be finite, got {weight}")
     if not 0 < tokens_per_cost < math.inf:
         raise ValueError(
