@@ -113,7 +113,7 @@ calls = st.builds(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(calls, min_size=1, max_size=20))
 def test_any_call_gives_an_observation_and_changes_nothing(environment, batch):
     folder = environment._folder.name
@@ -130,6 +130,7 @@ def test_any_call_gives_an_observation_and_changes_nothing(environment, batch):
     assert environment._sandbox.pid == pid  # none of these brings a tool down
 
 
+@settings(deadline=None)
 @given(st.text() | st.text().map("Code:\n```py\n{}\n```".format))
 def test_any_text_gives_an_observation(environment, text):
     (observation,) = environment.execute([(FILES, text)])

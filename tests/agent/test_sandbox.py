@@ -202,7 +202,8 @@ def test_an_interrupt_leaves_no_stale_answers(root):
 
 def test_the_worker_is_confined_and_light(sandbox, root):
     proc = Path(f"/proc/{sandbox.pid}")
-    limits = {line[:25].strip(): line[26:].split()[0] for line in (proc / "limits").open()}
+    table = (proc / "limits").read_text().splitlines()
+    limits = {line[:25].strip(): line[26:].split()[0] for line in table}
     assert limits["Max file size"] == "0"
     assert limits["Max open files"] == "64"
     assert int(limits["Max address space"]) == 256 * 2**20

@@ -82,7 +82,7 @@ def test_calls_that_succeed(call, code, text):
         ('read_file("page.png")', "UnicodeDecodeError: 'utf-8' codec can't decode byte 0x89 in po"),
         ('read_file("shop.db")', "UnicodeDecodeError: 'utf-8' codec can't decode byte 0x"),
         ('read_file("deep.json")', "RecursionError: maximum recursion depth exceeded"),
-        ('read_file("a\\0b")', "ValueError: embedded null byte"),
+        ('read_file("a\\0b")', "ValueError: embedded null"),
         ('read_file("\\ud800")', "UnicodeEncodeError: 'utf-8' codec can't encode"),
         ('sql("notes.txt", "SELECT 1 FROM t")', "DatabaseError: file is not a database"),
         ('sql("shop.db", "SELECT 1; SELECT 2")', ""),
@@ -92,7 +92,7 @@ def test_calls_that_succeed(call, code, text):
         ('sql("shop.db", "DROP TABLE t")', "DatabaseError: not authorized"),
         ('sql("shop.db", "VACUUM INTO \'x.db\'")', ""),
         ('sql("shop.db", "SELECT * FROM t WHERE a = ?")', ""),
-        ('sql("shop.db", "SELECT \\ud800")', "UnicodeEncodeError"),
+        ('sql("shop.db", "SELECT \\ud800")', ""),
         ('read_region("notes.txt", 0, 0, 9, 9)', "UnidentifiedImageError: cannot identify"),
         ('read_region("page.png", 9, 0, 9, 9)', "ValueError: region [9, 0, 9, 9] must have"),
         ('read_region("page.png", 0, 0, 161, 9)', "ValueError: region [0, 0, 161, 9] must"),
@@ -279,7 +279,7 @@ def test_signatures_hide_the_root():
     ]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.text("0123456789+-*/%.() eE,[]roundmaxsu_j", max_size=30))
 def test_any_expression_gives_an_observation(expression):
     observation = call_tool(None, ToolCall("calculator", (expression,)))

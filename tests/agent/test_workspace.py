@@ -150,7 +150,7 @@ words = st.text(VISIBLE, min_size=1, max_size=6)
 texts = st.lists(words, min_size=1, max_size=3).map(" ".join)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), texts), max_size=6))
 def test_pages_read_back_exactly(lines):
     placed, y = [], 0
