@@ -297,6 +297,8 @@ def _setup_context(ctx, inputs, output):
     _, stats, ctx.dlogits = output
     ctx.impl, ctx.inplace = inputs[-1], False
     ctx.mark_non_differentiable(stats, ctx.dlogits)
+    # otherwise backward is handed zeros the size of the logits as the gradient of dlogits
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, dstats, ddlogits):
@@ -316,6 +318,7 @@ class _InplaceGrpoLoss(torch.autograd.Function):
         loss, stats = torch.ops.regrpo_kernels.grpo_loss_(logits, *arguments)
         ctx.dlogits, ctx.impl, ctx.inplace = logits.detach(), arguments[-1], True
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         return loss, stats
 
     @staticmethod
