@@ -1,0 +1,241 @@
+"""Configuration: frozen dataclasses, filled from YAML and the command line by jsonargparse.
+
+An unknown key, a wrong type or a value out of range is an error that names it.
+"""
+
+from dataclasses import dataclass, field
+
+from regrpo.tasks import FAMILIES
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {value!r}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which tasks are generated.
+
+    Args:
+        seed: tasks of different seeds are different.
+        hops: least and most hops of a serial repair.
+        trap_share: how often the call that the wording suggests fails.
+        families: task families.
+    """
+
+    seed: int = 0
+    hops: tuple[int, int] = (1, 2)
+    trap_share: float = 0.65
+    families: tuple[str, ...] = tuple(FAMILIES)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Args:
+        lr: peak learning rate.
+        warmup_steps: steps to reach it.
+        final_lr_share: share of the peak at the last step.
+        weight_decay: decoupled weight decay of matrices.
+        grad_clip: gradient norm limit.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 10
+    final_lr_share: float = 0.1
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "a positive number")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The small base model, pretrained on in-context copying.
+
+    Args:
+        out: folder of the run.
+        hidden_size: width.
+        num_layers: depth.
+        num_heads: attention heads.
+        tokenizer_tasks: generated tasks whose text the tokenizer is built from.
+        steps: optimizer steps.
+        optim: the optimizer.
+        save_every: steps between checkpoints.
+        seed: weights and data.
+    """
+
+    out: str
+    hidden_size: int = 96
+    num_layers: int = 3
+    num_heads: int = 4
+    tokenizer_tasks: int = 1200
+    steps: int = 500
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-3, warmup_steps=20))
+    save_every: int = 250
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on attention projections.
+
+    Args:
+        rank: 0 trains all weights.
+        alpha: scaling numerator.
+        targets: names of the adapted modules.
+    """
+
+    rank: int = 0
+    alpha: int = 32
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data file of supervised fine-tuning.
+
+    Args:
+        path: .jsonl or .json records.
+        mask: which turns are trained: "clean", every assistant turn; "rot", the reflection turn only; "repair",
+            every assistant turn but the failed ones.
+        reflections: "keep", or "strip" for failure-then-retry without reflection.
+    """
+
+    path: str
+    mask: str = "clean"
+    reflections: str = "keep"
+
+    def __post_init__(self) -> None:
+        _require(self.mask in ("clean", "rot", "repair"), "mask", self.mask, "clean, rot or repair")
+        _require(
+            self.reflections in ("keep", "strip"), "reflections", self.reflections, "keep or strip"
+        )
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on records.
+
+    Args:
+        model: Hugging Face name or path.
+        out: folder of the run.
+        data: data files.
+        steps: optimizer steps.
+        batch_tokens: tokens a step, at most.
+        max_length: longest sequence; longer ones are counted and left out.
+        optim: the optimizer.
+        lora: adapter settings.
+        save_every: steps between checkpoints.
+        seed: order of the data.
+    """
+
+    model: str
+    out: str
+    data: list[SourceConfig]
+    steps: int = 400
+    batch_tokens: int = 4096
+    max_length: int = 1024
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(len(self.data) > 0, "data", self.data, "at least one data file")
+        _require(self.steps > 0, "steps", self.steps, "1 or more")
+        _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+        _require(
+            self.max_length <= self.batch_tokens,
+            "max_length",
+            self.max_length,
+            f"at most batch_tokens={self.batch_tokens}",
+        )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """R = lambda_exec * success - eta * reflection tokens / tokens_per_cost; group advantages of R.
+
+    Args:
+        lambda_exec: weight of executed success.
+        eta: weight of the reflection cost.
+        tokens_per_cost: reflection tokens that cost one unit.
+        scale: "none", or "group" to divide by the group's standard deviation.
+        min_std: floor of that standard deviation.
+        clip: advantages are clipped to [-clip, clip].
+    """
+
+    lambda_exec: float = 1.0
+    eta: float = 0.1
+    tokens_per_cost: float = 100.0
+    scale: str = "none"
+    min_std: float = 0.0
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """On-policy ReGRPO on local trajectories.
+
+    Args:
+        model: Hugging Face name or path, usually of an SFT run.
+        out: folder of the run.
+        tasks: where states come from.
+        reflect: open a reflection block after a typed failure; False is GRPO with plain retries.
+        steps: updates.
+        states: states an update.
+        group_size: trajectories a state (K).
+        forced_share: share of the states that start behind an executed near-miss.
+        epochs: passes over the trajectories of an update.
+        batch_tokens: tokens of an optimizer step, at most.
+        temperature: of sampling and of the loss.
+        max_new_tokens: limit of one turn.
+        epsilon_low: lower clip bound of the ratio.
+        epsilon_high: upper clip bound of the ratio.
+        beta: weight of the KL to the starting model.
+        kl_estimator: k1, k2 or k3.
+        loss_agg_mode: how token losses are averaged.
+        reward: the reward.
+        optim: the optimizer.
+        lora: adapter settings.
+        save_every: updates between checkpoints.
+        seed: sampling, tasks and order.
+    """
+
+    model: str
+    out: str
+    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(1, 4)))
+    reflect: bool = True
+    steps: int = 100
+    states: int = 24
+    group_size: int = 5
+    forced_share: float = 0.4
+    epochs: int = 1
+    batch_tokens: int = 16384
+    temperature: float = 1.0
+    max_new_tokens: int = 96
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    beta: float = 0.03
+    kl_estimator: str = "k3"
+    loss_agg_mode: str = "token-mean"
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    save_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, "steps", self.steps, "1 or more")
+        _require(self.states > 0, "states", self.states, "1 or more")
+        _require(self.group_size > 1, "group_size", self.group_size, "2 or more")
+        _require(0 <= self.forced_share <= 1, "forced_share", self.forced_share, "between 0 and 1")
+        _require(self.epochs > 0, "epochs", self.epochs, "1 or more")
+        _require(self.temperature > 0, "temperature", self.temperature, "a positive number")
+        _require(self.save_every > 0, "save_every", self.save_every, "1 or more")

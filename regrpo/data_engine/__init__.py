@@ -1,0 +1,1 @@
+"""The structured reflective data engine: near-miss -> execute -> reflect -> gate."""

@@ -1,0 +1,66 @@
+"""A deterministic teacher: the Reflection-of-Thought triplet, grounded in the real observation.
+
+It sees what a reader of the trajectory sees (the failed call, its observation, the correction) and no more, and
+cites the observation: the edges that lead from the wrong argument to the right one, or the line that names the
+right one, or the error itself.
+"""
+
+import re
+from typing import Any
+
+from regrpo.tool_calls import Reflection, ToolCall
+
+_EDGE = re.compile(r"(?:^|\s)(\S+) -> (\S+?)(?=[\s,;]|$)", re.MULTILINE)
+
+
+def explain(
+    error_type: str, failed: ToolCall, observation: str, corrected: ToolCall
+) -> Reflection | None:
+    """The triplet for a repair, or None if the observation does not tell how to make it."""
+    if failed.name != corrected.name or len(failed.args) != len(corrected.args):
+        return Reflection(error_type, _first_line(observation), f"use {corrected.name}")
+    wrong, right = _difference(failed.args, corrected.args)
+    plan = f"use {list(right) if isinstance(right, tuple) else right}"
+    path = _follow(observation, wrong, right)
+    if path is not None:
+        return Reflection(error_type, " -> ".join(path), plan)
+    first = _first_line(observation)
+    if first.startswith("SyntaxError"):
+        return Reflection(error_type, first, plan)
+    wanted = str(list(right)) if isinstance(right, tuple) else right
+    naming = (line.strip() for line in observation.splitlines()[1:] if _names(line, wanted))
+    evidence = next(naming, None)
+    return None if evidence is None else Reflection(error_type, evidence, plan)
+
+
+def _names(line: str, wanted: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(wanted)}(?![\w.])", line) is not None
+
+
+def _first_line(observation: str) -> str:
+    return observation.strip().splitlines()[0].strip()
+
+
+def _difference(failed: tuple[Any, ...], corrected: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The part of the arguments that changed: a word of a text, or all numbers."""
+    changed = [(a, b) for a, b in zip(failed, corrected, strict=True) if a != b]
+    wrong, right = changed[0]
+    if not isinstance(right, str):
+        return (
+            tuple(a for a in failed if isinstance(a, int)),
+            tuple(b for b in corrected if isinstance(b, int)),
+        )
+    old, new = wrong.split(), right.split()
+    words = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
+    return words[0] if len(words) == 1 else (wrong, right)
+
+
+def _follow(observation: str, start: Any, end: Any) -> list[str] | None:
+    """The names on the way from ``start`` to ``end`` along ``a -> b`` in the observation."""
+    edges = dict(_EDGE.findall(observation))
+    path = [start]
+    while path[-1] != end:
+        if path[-1] not in edges or len(path) > len(edges):
+            return None
+        path.append(edges[path[-1]])
+    return path if len(path) > 1 else None

@@ -1,0 +1,118 @@
+"""Evaluation on whole held-out tasks and on forced near-misses, with 95 % confidence intervals."""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from regrpo.data_engine.build import Demonstration, local_starts
+from regrpo.environment import Environment
+from regrpo.rollout import Policy, Trajectory, run, task_start
+from regrpo.tasks import SERIAL_FAMILIES
+from regrpo.tools import Status
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of ``count`` cases, in percent, with its Wilson score interval (Wilson 1927)."""
+
+    hits: int
+    count: int
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.hits / self.count if self.count else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval in percent."""
+        if not self.count:
+            return math.nan, math.nan
+        z, n = 1.959964, self.count
+        p = self.hits / n
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "-"
+        low, high = self.interval
+        return f"{self.percent:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def rate(outcomes: Iterable[bool]) -> Rate:
+    """The share of true outcomes."""
+    values = list(outcomes)
+    return Rate(sum(values), len(values))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an agent does on held-out tasks.
+
+    Attributes:
+        success: the final answer is right.
+        first_try: right, without a failed call on the way.
+        recovery_own: of the steps whose call failed, those where the correction observed what the reference call
+            observes.
+        recovery_forced: the same after an executed near-miss, from states of the reference trajectory.
+        unneeded: turns that hold a reflection though nothing had failed, of all turns behind no failure.
+        error_type: of the reflections after forced near-misses, those that name the error type.
+        reflection_tokens: mean length of a reflection after a failure; 0 without any.
+        success_serial: success on the families whose repair takes several looks.
+    """
+
+    success: Rate
+    first_try: Rate
+    recovery_own: Rate
+    recovery_forced: Rate
+    unneeded: Rate
+    error_type: Rate
+    reflection_tokens: float
+    success_serial: Rate
+
+
+def evaluate(
+    policy: Policy,
+    environment: Environment,
+    demonstrations: Sequence[Demonstration],
+    *,
+    reflect: bool,
+    seed: int = 0,
+) -> tuple[Report, list[Trajectory]]:
+    """Runs every task once as a whole episode, and one forced near-miss of each where there is one."""
+    episodes = run(
+        policy,
+        environment,
+        [task_start(d.task) for d in demonstrations],
+        reflect=reflect,
+        whole=True,
+    )
+    rng = random.Random(seed)
+    forced_from = [d for d in demonstrations if d.failures]
+    starts = local_starts(forced_from, rng, forced_share=1.0)
+    forced = run(policy, environment, starts, reflect=reflect, whole=False)
+    own = [
+        turn.observation.status is Status.OK
+        and turn.observation.text in {o.text for o in demo.observations}
+        for demo, episode in zip(demonstrations, episodes, strict=True)
+        for turn in episode.turns
+        if turn.correction
+    ]
+    free = [turn for t in episodes for turn in t.turns if not turn.correction]
+    corrections = [turn for t in [*episodes, *forced] for turn in t.turns if turn.correction]
+    tokens = [turn.reflection_tokens for turn in corrections]
+    report = Report(
+        success=rate(t.success for t in episodes),
+        first_try=rate(t.success and not any(u.correction for u in t.turns) for t in episodes),
+        recovery_own=rate(own),
+        recovery_forced=rate(t.success for t in forced),
+        unneeded=rate(turn.reflection_tokens > 0 for turn in free),
+        error_type=rate(
+            f"ErrorType: {t.start.error_type}\n" in t.turns[-1].text for t in forced if reflect
+        ),
+        reflection_tokens=sum(tokens) / len(tokens) if tokens else 0.0,
+        success_serial=rate(t.success for t in episodes if t.start.task.family in SERIAL_FAMILIES),
+    )
+    return report, episodes

@@ -1,0 +1,171 @@
+"""Hugging Face causal language models, packed.
+
+Models are loaded as they are, with LoRA or full weights, and run over packed sequences through transformers'
+attention interface: nothing is patched. The trainer asks for hidden states; the head is applied to trained tokens
+only.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from regrpo.packing import PackedBatch
+
+VARLEN = "regrpo_varlen"
+CausalLM = PreTrainedModel | PeftModel
+
+
+def _varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each packed sequence; query [1, heads, T, D] -> [1, T, heads, D].
+
+    Sequences are laid side by side as [B, heads, max_length, D]: memory and time grow with the longest
+    sequence, never with T x T.
+    """
+    if sliding_window is not None and sliding_window < max_length_q:
+        raise NotImplementedError(
+            f"sliding_window={sliding_window} with a sequence of {max_length_q} tokens; expected sequences "
+            "inside the window"
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    starts = cu_seq_lens_q.long()
+    lengths = starts.diff()
+    batch, total = lengths.numel(), query.shape[2]
+    sequence = torch.repeat_interleave(
+        torch.arange(batch, device=query.device), lengths, output_size=total
+    )
+    slot = sequence * max_length_q + torch.arange(total, device=query.device) - starts[sequence]
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        padded = x.new_zeros(batch * max_length_q, x.shape[1], x.shape[3])
+        padded = padded.index_copy(0, slot, x[0].transpose(0, 1))
+        return padded.view(batch, max_length_q, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        spread(query), spread(key), spread(value), dropout_p=dropout, is_causal=True, scale=scaling
+    )
+    flat = out.transpose(1, 2).reshape(batch * max_length_q, out.shape[1], out.shape[3])
+    return flat.index_select(0, slot)[None], None
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    return None
+
+
+AttentionInterface.register(VARLEN, _varlen_attention)
+AttentionMaskInterface.register(VARLEN, _no_mask)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a fast tokenizer; offsets are needed to place segments."""
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name_or_path!r} is not a fast one; expected tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora_rank: int = 0,
+    lora_alpha: int = 32,
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+) -> CausalLM:
+    """Loads any Hugging Face causal LM, or an adapter on one.
+
+    Args:
+        name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its base.
+        lora_rank: 0 trains all weights.
+
+    Raises:
+        NotImplementedError: the model changes its logits behind the head in a way the loss does not know yet.
+    """
+    if (Path(name_or_path) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, is_trainable=True
+        )
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(model.config, field, None) not in (None, 1, 1.0):
+            raise NotImplementedError(
+                f"{name_or_path}: config.{field}={getattr(model.config, field)}; expected none"
+            )
+    if lora_rank == 0:
+        return model
+    lora = LoraConfig(
+        r=lora_rank,
+        lora_alpha=lora_alpha,
+        target_modules=list(lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def base_model(model: CausalLM) -> PreTrainedModel:
+    """The transformers model under an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextlib.contextmanager
+def attention(model: CausalLM, implementation: str) -> Iterator[None]:
+    """Runs a block with another attention implementation."""
+    inner = base_model(model)
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(before)
+
+
+def hidden_states(model: CausalLM, batch: PackedBatch) -> torch.Tensor:
+    """Last hidden states [T, H] of a packed batch, whose sequences never see each other."""
+    with attention(model, VARLEN):
+        output = base_model(model).base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        )
+    return output.last_hidden_state[0]
+
+
+def head(model: CausalLM) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [V, H] and bias [V] of the language-model head."""
+    layer = base_model(model).get_output_embeddings()
+    return layer.weight, getattr(layer, "bias", None)

@@ -1,0 +1,85 @@
+"""The small base model: tokenizer from the tasks' own text, weights pretrained on in-context copying.
+
+A training sequence is a short random string of symbols, repeated. Predicting a repetition takes looking up what
+followed the symbol before (induction), which is all that is taught here: no task text, no tool, no format.
+"""
+
+import random
+
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+
+from regrpo.config import PretrainConfig
+from regrpo.data_engine.build import build
+from regrpo.environment import Environment
+from regrpo.losses import policy_loss
+from regrpo.modeling import head, hidden_states
+from regrpo.names import NAMES
+from regrpo.packing import PackedBatch, collate
+from regrpo.prompts import REFLECTION_OPENER
+from regrpo.segments import TokenizedTrajectory
+from regrpo.sft import NLL
+from regrpo.small_model import build_model, build_tokenizer, render_template
+from regrpo.tasks import generate_tasks
+from regrpo.trainer import Run
+from regrpo_kernels import Segment
+
+SEQUENCES = 48
+LENGTH = 56
+
+
+def copying_batch(rng: random.Random, identifiers: list[int], vocabulary: list[int]) -> PackedBatch:
+    """Random strings of 2 to 20 symbols, repeated; the first occurrence is not trained."""
+    trajectories = []
+    for _ in range(SEQUENCES):
+        source = identifiers if rng.random() < 0.5 else vocabulary
+        string = [rng.choice(source) for _ in range(rng.randint(2, 20))]
+        trajectory = TokenizedTrajectory()
+        trajectory.extend(string, Segment.CONTEXT)
+        copies = string * (1 + LENGTH // len(string))
+        trajectory.extend(copies[: LENGTH - len(string)], Segment.ACTION)
+        trajectories.append(trajectory)
+    return collate(trajectories)
+
+
+def task_tokenizer(config: PretrainConfig, environment: Environment) -> PreTrainedTokenizerBase:
+    """The tokenizer, from executed demonstrations of generated tasks."""
+    tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 4)))
+    corpus = build(environment, tasks, seed=config.seed)
+    texts = [render_template(r["conversations"]) for r in [*corpus.success, *corpus.rot]]
+    return build_tokenizer(texts, [*NAMES, REFLECTION_OPENER, "Thought:"])
+
+
+def run_pretrain(
+    config: PretrainConfig, environment: Environment, progress: Progress | None = None
+) -> str:
+    """Builds and pretrains the small base model; returns its folder."""
+    tokenizer = task_tokenizer(config, environment)
+    model = build_model(
+        tokenizer,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        seed=config.seed,
+    )
+    identifiers = tokenizer.convert_tokens_to_ids(list(NAMES))
+    vocabulary = list(range(len(tokenizer)))
+    with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
+        bar = (
+            progress.add_task("pretrain", total=config.steps, completed=run.step)
+            if progress
+            else None
+        )
+        while run.step < config.steps:
+            rng = random.Random(f"{config.seed}-{run.step}")
+            batch = copying_batch(rng, identifiers, vocabulary).to(run.device)
+            count = batch.loss_mask.sum()
+            loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, count).loss
+            loss.backward()
+            norm = run.update()
+            run.log({"loss": loss.item(), "grad_norm": norm, "lr": run.lr})
+            run.finish_step(config.save_every)
+            if progress and bar is not None:
+                progress.update(bar, advance=1, description=f"pretrain loss {loss.item():.3f}")
+        run.save_model()
+        return str(run.model_path)

@@ -1,0 +1,30 @@
+"""What the agent is told, in the layout of the official records."""
+
+from regrpo.tools import TOOLS, signature_text
+from regrpo.trajectory import Message
+
+REFLECTION_OPENER = "Reflection:\n- ErrorType:"
+
+SYSTEM_PROMPT = (
+    "You are a tool-using agent. Each step write a Thought, then a Code block that calls one tool. "
+    "After a failed call, first write a Reflection with ErrorType, Evidence and FixPlan.\nTools:\n"
+    + "\n".join(signature_text(tool) for tool in TOOLS)
+)
+
+
+def opening(question: str) -> list[Message]:
+    """The turns that open a task."""
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": f"Task: {question}"},
+    ]
+
+
+def observation_turn(step: int, observation: str) -> str:
+    """The user turn that carries an observation; a failed and a corrected call share their step."""
+    return f"[OUTPUT OF STEP {step}] -> Observation:\n{observation}"
+
+
+def thought(tool: str) -> str:
+    """The fixed thought of reference turns; what needs thinking goes into the reflection."""
+    return "I know the answer." if tool == "final_answer" else f"I will call {tool}."

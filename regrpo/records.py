@@ -1,0 +1,125 @@
+"""Records on disk: JSON or JSON Lines in the official ReGRPO schema.
+
+A record is ``{id, image, answer, conversations: [{role, content}], rot_meta?}``; ``rot_meta`` holds the failure, the
+reflection and the correction. Turns written as ``{from, value}`` (MM-Traj, MAT-Agent) are read as well.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+ROT_META = (
+    "step_index",
+    "error_type",
+    "failed_action",
+    "failed_observation",
+    "reflection",
+    "corrected_action",
+)
+
+
+class RecordError(ValueError):
+    """A malformed record; the message names file, line or index, and what is expected."""
+
+
+def normalize(raw: Any, where: str) -> Record:
+    """Checks one record and brings its turns into ``role``/``content`` form.
+
+    Raises:
+        RecordError: something is missing or of the wrong type.
+    """
+    if not isinstance(raw, dict):
+        raise RecordError(f"{where}: got {type(raw).__name__}; expected an object")
+    turns = raw.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise RecordError(
+            f"{where}: conversations is {turns!r:.40}; expected a non-empty list of turns"
+        )
+    messages = []
+    for index, turn in enumerate(turns):
+        here = f"{where}: conversations[{index}]"
+        if not isinstance(turn, dict):
+            raise RecordError(f"{here} is {turn!r:.40}; expected {{role, content}}")
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if role not in ROLES:
+            raise RecordError(f"{here}: role is {role!r}; expected one of {sorted(ROLES)}")
+        if not isinstance(content, str):
+            raise RecordError(f"{here}: content is {type(content).__name__}; expected text")
+        messages.append({"role": ROLES[role], "content": content})
+    record = {k: v for k, v in raw.items() if k != "conversations"}
+    record["conversations"] = messages
+    record.setdefault("id", where)
+    meta = record.get("rot_meta")
+    if meta is not None:
+        missing = [k for k in ROT_META if not isinstance(meta, dict) or k not in meta]
+        if missing:
+            raise RecordError(f"{where}: rot_meta lacks {', '.join(missing)}")
+    return record
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Reads ``.jsonl`` (a record a line) or ``.json`` (a list of records).
+
+    Raises:
+        FileNotFoundError: no such file. RecordError: what is wrong, and where.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file at {path}; expected .jsonl or .json records")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{path}: {error}") from error
+        if not isinstance(raw, list):
+            raise RecordError(f"{path}: got {type(raw).__name__}; expected a list of records")
+        return [normalize(r, f"{path}[{i}]") for i, r in enumerate(raw)]
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{path}:{number}: {error}") from error
+        records.append(normalize(raw, f"{path}:{number}"))
+    if not records:
+        raise RecordError(f"{path}: holds no record; expected at least one")
+    return records
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old or the new content, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as handle:
+        try:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        except BaseException:
+            os.unlink(handle.name)
+            raise
+    os.chmod(handle.name, 0o644)
+    os.replace(handle.name, path)
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Writes JSON Lines atomically."""
+    write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))

@@ -1,0 +1,195 @@
+"""On-policy ReGRPO (arXiv 2606.31392) on local trajectories.
+
+An update: for every state, K trajectories ``a0 -> o0 -> z -> a1 -> o1`` are sampled and executed; success minus
+reflection cost is compared inside the group of K; reflections and actions are trained together with clipped ratios
+against the behaviour policy. A share of the states starts behind a near-miss that was executed already. With
+``reflect=False`` the same loop is GRPO with plain retries.
+
+Deviations from the official release: it samples nothing and clips nothing; here old log-probs come from the sampler,
+the reference is the model before the run (the adapter off, or a frozen copy for full weights).
+"""
+
+import copy
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from rich.progress import Progress
+
+from regrpo.config import TrainConfig
+from regrpo.data_engine.build import demonstrate, local_starts
+from regrpo.environment import Environment
+from regrpo.losses import packed_log_probs, policy_loss
+from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
+from regrpo.packing import PackedBatch, best_fit_decreasing, collate
+from regrpo.rollout import Trajectory, run
+from regrpo.sampling import LocalPolicy
+from regrpo.tasks import generate_tasks
+from regrpo.trainer import Run, mean
+from regrpo.trajectory import Start
+from regrpo_kernels import Objective, ReflectionAdvantages, reflection_advantages
+
+
+def sample_starts(config: TrainConfig, environment: Environment, step: int) -> list[Start]:
+    """The states of one update; a function of the configuration and the step, so that a resumed run agrees."""
+    tasks = generate_tasks(
+        config.states,
+        seed=config.tasks.seed,
+        first=step * config.states,
+        hops=config.tasks.hops,
+        trap_share=config.tasks.trap_share,
+        families=config.tasks.families,
+    )
+    demonstrations, _ = demonstrate(environment, list(tasks), seed=config.seed)
+    rng = random.Random(f"{config.seed}-{step}")
+    return local_starts(demonstrations, rng, forced_share=config.forced_share)
+
+
+def advantages_of(
+    trajectories: Sequence[Trajectory], batch: PackedBatch, config: TrainConfig
+) -> ReflectionAdvantages:
+    """Rewards and group advantages; trajectories of a group are consecutive."""
+    reward = config.reward
+    return reflection_advantages(
+        torch.tensor([float(t.success) for t in trajectories]),
+        batch.segment_ids,
+        batch.cu_seqlens,
+        config.group_size,
+        lambda_exec=reward.lambda_exec,
+        eta=reward.eta,
+        tokens_per_cost=reward.tokens_per_cost,
+        scale=reward.scale,
+        min_std=reward.min_std,
+        clip=reward.clip,
+    )
+
+
+def rollout_metrics(
+    trajectories: Sequence[Trajectory], result: ReflectionAdvantages, group_size: int
+) -> dict[str, float]:
+    """What the sampled trajectories of an update did."""
+    corrected = [t for t in trajectories if t.turns[-1].correction]
+    free = [t for t in trajectories if not t.start.failed]
+    spread = result.advantages.view(-1, group_size).abs().amax(1) > 0
+    return {
+        "reward/mean": result.rewards.mean().item(),
+        "reward/std": result.rewards.std().item(),
+        "success": mean(t.success for t in trajectories),
+        "success/first_try": mean(t.success and not t.turns[-1].correction for t in free),
+        "recovery": mean(t.success for t in corrected),
+        "reflection/tokens": mean(t.reflection_tokens for t in corrected),
+        "reflection/unneeded": mean(
+            any(turn.reflection_tokens and not turn.correction for turn in t.turns) for t in free
+        ),
+        "completion/tokens": result.loss_mask.sum().item() / len(trajectories),
+        "groups/with_variance": spread.float().mean().item(),
+    }
+
+
+def split(trajectories: Sequence[Trajectory], batch_tokens: int) -> list[list[int]]:
+    """Optimizer steps of about equal size, of at most ``batch_tokens`` tokens each."""
+    return best_fit_decreasing([len(t.tokens) for t in trajectories], batch_tokens)
+
+
+class Learner:
+    """The model with its reference, and the clipped update."""
+
+    def __init__(self, model: CausalLM, config: TrainConfig):
+        self.model = model
+        self.config = config
+        self.objective = Objective(
+            policy="clip",
+            epsilon_low=config.epsilon_low,
+            epsilon_high=config.epsilon_high,
+            beta=config.beta,
+            kl_estimator=config.kl_estimator,
+            temperature=config.temperature,
+            loss_agg_mode=config.loss_agg_mode,
+        )
+        self.reference: CausalLM | None = None
+        if config.beta > 0 and not isinstance(model, PeftModel):
+            self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def reference_log_probs(self, batch: PackedBatch) -> torch.Tensor | None:
+        if self.config.beta == 0:
+            return None
+        if self.reference is not None:
+            hidden = hidden_states(self.reference, batch)
+            return packed_log_probs(hidden, *head(self.reference), batch, self.config.temperature)
+        assert isinstance(self.model, PeftModel)
+        with self.model.disable_adapter():
+            hidden = hidden_states(self.model, batch)
+            return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
+
+    def backward(self, batch: PackedBatch, normalizer: float) -> dict[str, float]:
+        """Accumulates the gradient of one pack; returns the loss's metrics."""
+        hidden = hidden_states(self.model, batch)
+        out = policy_loss(hidden, *head(self.model), batch, self.objective, normalizer)
+        out.loss.backward()
+        return {"loss": out.loss.item(), **{k: v.item() for k, v in out.metrics.items()}}
+
+
+def run_rl(config: TrainConfig, environment: Environment, progress: Progress | None = None) -> str:
+    """Trains, resuming where a former run of the same configuration stopped; returns the model's folder."""
+    tokenizer = load_tokenizer(config.model)
+    lora = config.lora
+    model = load_model(
+        config.model, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets
+    )
+    learner = Learner(model, config)  # copies the reference before a checkpoint is loaded
+    policy = LocalPolicy(
+        model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens
+    )
+    model.train()
+    with Run(config.out, config, model, tokenizer, config.optim, config.steps) as training:
+        bar = (
+            progress.add_task("train", total=config.steps, completed=training.step)
+            if progress
+            else None
+        )
+        while training.step < config.steps:
+            began = time.perf_counter()
+            policy.generator.manual_seed(1_000_003 * config.seed + training.step)
+            starts = sample_starts(config, environment, training.step)
+            groups = [start for start in starts for _ in range(config.group_size)]
+            trajectories = run(policy, environment, groups, reflect=config.reflect, whole=False)
+            metrics = update(training, learner, trajectories)
+            metrics["time/step_s"] = time.perf_counter() - began
+            training.log(metrics)
+            training.finish_step(config.save_every)
+            if progress and bar is not None:
+                text = f"train success {metrics['success']:.2f} recovery {metrics['recovery']:.2f}"
+                progress.update(bar, advance=1, description=text)
+        training.save_model()
+        return str(training.model_path)
+
+
+def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """One update from the trajectories of whole groups."""
+    config = learner.config
+    tokens = [t.tokens for t in trajectories]
+    full = collate(tokens, with_old_log_probs=True)
+    result = advantages_of(trajectories, full, config)
+    metrics = rollout_metrics(trajectories, result, config.group_size)
+    packs = []
+    for indices in split(trajectories, config.batch_tokens):
+        batch = collate([tokens[i] for i in indices], with_old_log_probs=True)
+        rows = torch.cat(
+            [torch.arange(full.cu_seqlens[i], full.cu_seqlens[i + 1]) for i in indices]
+        )
+        batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
+        packs.append(replace(batch, ref_log_probs=learner.reference_log_probs(batch)))
+    count = float(result.loss_mask.sum())
+    for _ in range(config.epochs):
+        parts = [learner.backward(batch, count) for batch in packs]
+        metrics["grad_norm"] = training.update()
+    metrics["loss"] = sum(part.pop("loss") for part in parts)
+    shares = [float(batch.loss_mask.sum()) / count for batch in packs]
+    for name in parts[0]:
+        metrics[name] = sum(p[name] * s for p, s in zip(parts, shares, strict=True))
+    metrics["lr"] = training.lr
+    return metrics

@@ -1,0 +1,152 @@
+"""Batched autoregressive sampling that returns the log-probability of every sampled token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from regrpo.modeling import CausalLM, attention, base_model
+from regrpo.segments import ChatFormat
+from regrpo_kernels import token_log_probs
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled turn: token ids, up to and with the stop token if it came, and their log-probs."""
+
+    ids: list[int]
+    log_probs: list[float]
+
+
+class LocalPolicy:
+    """A model in this process as a policy of ``regrpo.rollout``. ``temperature`` 0 is greedy."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+    ):
+        self.model = model
+        self.chat = ChatFormat(tokenizer)
+        self.pad_id: int = tokenizer.pad_token_id
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.generator = torch.Generator(base_model(model).device).manual_seed(seed)
+
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[Sample]:
+        return sample(
+            self.model,
+            prompts,
+            stop_id=self.chat.end_id,
+            pad_id=self.pad_id,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            generator=self.generator,
+        )
+
+
+@torch.no_grad()
+def sample(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_id: int,
+    pad_id: int,
+    temperature: float,
+    max_new_tokens: int,
+    generator: torch.Generator | None = None,
+    max_batch: int = 512,
+) -> list[Sample]:
+    """Continues every prompt until ``stop_id`` or ``max_new_tokens``.
+
+    Args:
+        temperature: 0 is greedy; log-probs are then those of temperature 1.
+        generator: draws are reproducible given its state, the prompts and the model.
+        max_batch: rows decoded together; prompts of similar length go together.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results: list[Sample | None] = [None] * len(prompts)
+    was_training = model.training
+    model.eval()
+    with attention(model, "sdpa"):
+        for start in range(0, len(order), max_batch):
+            rows = order[start : start + max_batch]
+            chunk = _decode(
+                model,
+                [prompts[i] for i in rows],
+                stop_id,
+                pad_id,
+                temperature,
+                max_new_tokens,
+                generator,
+            )
+            for i, result in zip(rows, chunk, strict=True):
+                results[i] = result
+    model.train(was_training)
+    return [r for r in results if r is not None]
+
+
+def _decode(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    stop_id: int,
+    pad_id: int,
+    temperature: float,
+    max_new_tokens: int,
+    generator: torch.Generator | None,
+) -> list[Sample]:
+    device = base_model(model).device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=base_model(model).config)
+    alive = torch.arange(len(prompts), device=device)
+    sampled: list[list[int]] = [[] for _ in prompts]
+    log_probs: list[list[float]] = [[] for _ in prompts]
+    step_ids = ids
+    for _ in range(max_new_tokens):
+        logits = model(
+            input_ids=step_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if temperature > 0:
+            # The exponential race: argmax p / E draws from p, with no normalisation and no sync.
+            noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+            drawn = (logits.float() / temperature - noise.log()).argmax(-1)
+        else:
+            drawn = logits.argmax(-1)
+        drawn_log_probs = token_log_probs(logits, drawn, temperature=temperature or 1.0).log_probs
+        for row, token, value in zip(
+            alive.tolist(), drawn.tolist(), drawn_log_probs.tolist(), strict=True
+        ):
+            sampled[row].append(token)
+            log_probs[row].append(value)
+        going = drawn != stop_id
+        if not going.any():
+            break
+        if going.sum() <= 0.75 * len(going):  # finished rows leave the batch
+            keep = going.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            alive, mask, positions, drawn = (x[keep] for x in (alive, mask, positions, drawn))
+        step_ids = drawn[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [
+        Sample(_until(ids, stop_id), values[: len(_until(ids, stop_id))])
+        for ids, values in zip(sampled, log_probs, strict=True)
+    ]
+
+
+def _until(ids: list[int], stop_id: int) -> list[int]:
+    """Rows that had finished but stayed in the batch went on; cut behind their stop token."""
+    return ids[: ids.index(stop_id) + 1] if stop_id in ids else ids

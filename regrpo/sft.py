@@ -1,0 +1,137 @@
+"""Supervised fine-tuning on records: clean trajectories and Reflection-of-Thought repairs.
+
+Deviations from the official release: the reflection is trained with the failure it reflects on in its context,
+end-of-turn tokens are trained, sequences are packed and never see each other.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+
+from regrpo.config import SFTConfig, SourceConfig
+from regrpo.losses import policy_loss
+from regrpo.modeling import head, hidden_states, load_model, load_tokenizer
+from regrpo.packing import best_fit_decreasing, collate
+from regrpo.records import Record, read_records
+from regrpo.segments import TokenizedTrajectory, tokenize_conversation
+from regrpo.tool_calls import reflection_span
+from regrpo.trainer import Run
+from regrpo.trajectory import Message
+from regrpo_kernels import Objective
+
+NLL = Objective(policy="nll")
+
+
+def reflection_turns(messages: Sequence[Message]) -> list[int]:
+    """Indices of the assistant turns that hold a reflection block."""
+    return [
+        i
+        for i, m in enumerate(messages)
+        if m["role"] == "assistant" and reflection_span(m["content"]) is not None
+    ]
+
+
+def trained_turns(record: Record, mask: str) -> list[int]:
+    """Indices of the turns that a mask trains (``SourceConfig.mask``)."""
+    messages = record["conversations"]
+    assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if mask == "clean":
+        return assistant
+    reflections = reflection_turns(messages)
+    if mask == "rot":
+        return reflections
+    # The assistant turn before a reflection is the one that failed.
+    failed = {max((i for i in assistant if i < r), default=-1) for r in reflections}
+    return [i for i in assistant if i not in failed]
+
+
+def strip_reflections(messages: Sequence[Message]) -> list[Message]:
+    """The same conversation with every reflection block left out: failure, then retry."""
+    stripped = [dict(m) for m in messages]
+    for i in reflection_turns(messages):
+        content = messages[i]["content"]
+        start, stop = reflection_span(content) or (0, 0)
+        stripped[i]["content"] = content[:start] + content[stop:]
+    return stripped
+
+
+def load_trajectories(
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[SourceConfig], max_length: int
+) -> tuple[list[TokenizedTrajectory], Counter[str]]:
+    """Reads and tokenises data files; returns the trajectories and how many were left out, by reason."""
+    trajectories: list[TokenizedTrajectory] = []
+    skipped: Counter[str] = Counter()
+    for source in sources:
+        for record in read_records(source.path):
+            turns = trained_turns(record, source.mask)
+            messages = record["conversations"]
+            if source.reflections == "strip":
+                messages = strip_reflections(messages)
+            if not turns:
+                skipped[f"no turn to train under mask {source.mask!r}"] += 1
+                continue
+            trajectory = tokenize_conversation(tokenizer, messages, trained_turns=turns)
+            if len(trajectory) > max_length:
+                skipped[f"longer than max_length={max_length}"] += 1
+                continue
+            trajectories.append(trajectory)
+    if not trajectories:
+        paths = ", ".join(source.path for source in sources)
+        raise ValueError(f"no record to train on in {paths}; left out: {dict(skipped)}")
+    return trajectories, skipped
+
+
+def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices of at most ``batch_tokens``; every epoch packs a new order."""
+    epoch = 0
+    while True:
+        rng = random.Random(f"{seed}-{epoch}")
+        order = rng.sample(range(len(lengths)), len(lengths))
+        packs = best_fit_decreasing([lengths[i] for i in order], batch_tokens)
+        rng.shuffle(packs)
+        for pack in packs:
+            yield [order[i] for i in pack]
+        epoch += 1
+
+
+def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
+    """Trains, resuming where a former run of the same configuration stopped; returns the model's folder."""
+    tokenizer = load_tokenizer(config.model)
+    trajectories, skipped = load_trajectories(tokenizer, config.data, config.max_length)
+    lora = config.lora
+    model = load_model(
+        config.model, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets
+    )
+    for reason, count in skipped.items():
+        print(f"left out {count} records: {reason}")
+    model.train()
+    with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
+        task = (
+            progress.add_task("sft", total=config.steps, completed=run.step) if progress else None
+        )
+        order = batches([len(t) for t in trajectories], config.batch_tokens, config.seed)
+        for _ in range(run.step):  # resumed: the data position is a function of the step
+            next(order)
+        while run.step < config.steps:
+            batch = collate([trajectories[i] for i in next(order)]).to(run.device)
+            count = batch.loss_mask.sum()
+            loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, count).loss
+            loss.backward()
+            norm = run.update()
+            run.log(
+                {
+                    "loss": loss.item(),
+                    "grad_norm": norm,
+                    "lr": run.lr,
+                    "tokens": len(batch.labels),
+                    "trained_tokens": count.item(),
+                }
+            )
+            run.finish_step(config.save_every)
+            if progress and task is not None:
+                progress.update(task, advance=1, description=f"sft loss {loss.item():.3f}")
+        run.save_model()
+        return str(run.model_path)

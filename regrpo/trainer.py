@@ -1,0 +1,210 @@
+"""What SFT and RL share: optimizer, schedule, metrics, checkpoints, exact resume."""
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerBase
+
+from regrpo.config import OptimConfig
+from regrpo.modeling import CausalLM
+from regrpo.records import write_atomically
+
+KEEP_CHECKPOINTS = 2
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+def build_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW; vectors (norms, biases) are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Linear warm-up, then cosine decay to ``final_lr_share`` of the peak."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
+
+
+class Run:
+    """A training run in a folder: ``config.json, metrics.jsonl, tensorboard/, checkpoints/, model/``.
+
+    Resumes by itself: a folder that holds a checkpoint of the same configuration goes on from it, bit for bit. One of
+    another configuration is refused.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: Any,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        optim: OptimConfig,
+        steps: int,
+    ):
+        self.out = Path(out)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.optim = optim
+        self.steps = steps
+        self.optimizer = build_optimizer(model, optim)
+        self.step = 0
+        self._claim(asdict(config))
+        self._resume()
+        self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(self.out / "tensorboard"), purge_step=self.step, flush_secs=10
+        )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._metrics.close()
+        self._tensorboard.close()
+
+    @property
+    def model_path(self) -> Path:
+        return self.out / "model"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _claim(self, config: dict[str, Any]) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "config.json"
+        text = json.dumps(config, indent=2) + "\n"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            now = json.loads(text)
+            keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+            raise RunError(
+                f"{self.out} holds a run with another configuration (differs in: {', '.join(keys)}); "
+                "choose another out, or delete the folder"
+            )
+        write_atomically(path, text)
+
+    def _resume(self) -> None:
+        found = self._checkpoints()
+        if not found:
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)
+            return
+        state = torch.load(found[-1] / "state.pt", weights_only=False)
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"])
+        random.setstate(state["python_rng"])
+        self.step = state["step"]
+        # Steps behind the checkpoint are done again; their metrics come again with them.
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) < self.step]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.out / "checkpoints").glob("step-*"))
+
+    def update(self) -> float:
+        """Clips gradients, takes one optimizer step, returns the gradient norm.
+
+        Raises:
+            RunError: the gradient is not finite; the weights are still those of before.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.model.parameters() if p.requires_grad], self.optim.grad_clip
+        )
+        if not torch.isfinite(norm):
+            raise RunError(
+                f"step {self.step}: gradient norm is {norm.item()}; the last checkpoint in {self.out} is intact"
+            )
+        lr = learning_rate(self.step, self.steps, self.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Appends one line of metrics for the current step."""
+        self._metrics.write(json.dumps({"step": self.step, **metrics}) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, self.step)
+
+    def finish_step(self, save_every: int) -> None:
+        """Counts the step; saves a checkpoint every ``save_every`` steps and at the end."""
+        self.step += 1
+        if self.step % save_every == 0 or self.step == self.steps:
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        final = self.out / "checkpoints" / f"step-{self.step:07d}"
+        partial = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        torch.save(
+            {
+                "step": self.step,
+                "model": {k: v for k, v in self.model.state_dict().items() if k in trained},
+                "optimizer": self.optimizer.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "python_rng": random.getstate(),
+            },
+            partial / "state.pt",
+        )
+        os.replace(partial, final)
+        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def save_model(self) -> None:
+        """Saves model (or adapter) and tokenizer; loads with plain ``from_pretrained``."""
+        save_pretrained(self.model, self.tokenizer, self.model_path)
+
+
+def save_pretrained(model: CausalLM, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Writes model and tokenizer into a folder that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, 0.0 of nothing."""
+    items = list(values)
+    return sum(items) / len(items) if items else 0.0
+
+
+def _step_of(line: str) -> int:
+    """The step of a metrics line; a torn last line counts as not written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 1 << 62
