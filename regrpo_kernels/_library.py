@@ -20,7 +20,7 @@ except ImportError as error:
         f"`pip install -e .` from the repository root ({error})"
     ) from error
 
-library = torch.library.Library("regrpo_kernels", "DEF")
+library: torch.library.Library = torch.library.Library("regrpo_kernels", "DEF")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CUDA_ARCHITECTURES: str = _C.build_info()["cuda_architectures"]
