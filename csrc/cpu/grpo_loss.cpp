@@ -17,20 +17,17 @@ template <typename T, bool CAP, bool STREAM>
 void sweep_row(const GrpoLossArgs& a, int64_t r, const RowScale& scale, const T* next) {
   const T* p = row_at<T>(a.logits, r);
   const RowSums sums = row_forward<T, CAP, true>(p, a.vocab, scale);
-  const double log_sum = log(sums.sum);
-  const float z_label = Reader<T, CAP>(p, scale).scalar(a.labels[r]);
-  const float log_prob = float((double(z_label) - sums.max) * scale.inv_temperature - log_sum);
-  const double entropy = log_sum - scale.inv_temperature * sums.moment / sums.sum;
+  const RowValues row = row_values(sums, Reader<T, CAP>(scale).scalar(p + a.labels[r]), scale);
 
   const auto at = [r](const float* x) { return x ? x + r : nullptr; };
-  const TokenObjective token = token_objective(a.objective, log_prob, at(a.old_log_probs), at(a.ref_log_probs),
+  const TokenObjective token = token_objective(a.objective, row.log_prob, at(a.old_log_probs), at(a.ref_log_probs),
                                                a.advantages ? a.advantages[r] : 1.0f);
   const float entropy_coef = a.objective.entropy_coef;
   const auto stat = [&](GrpoStat which) -> float& { return a.stats[which * a.rows + r]; };
-  stat(kStatLoss) = token.loss - (entropy_coef != 0.0f ? entropy_coef * float(entropy) : 0.0f);
-  stat(kStatLogProb) = log_prob;
-  stat(kStatLse) = float(sums.max * scale.inv_temperature + log_sum);
-  stat(kStatEntropy) = float(entropy);
+  stat(kStatLoss) = token.loss - (entropy_coef != 0.0f ? entropy_coef * float(row.entropy) : 0.0f);
+  stat(kStatLogProb) = row.log_prob;
+  stat(kStatLse) = row.lse;
+  stat(kStatEntropy) = float(row.entropy);
   stat(kStatKl) = token.kl;
   stat(kStatRatio) = token.ratio;
   stat(kStatClipLow) = token.clip_low;
@@ -45,9 +42,9 @@ void sweep_row(const GrpoLossArgs& a, int64_t r, const RowScale& scale, const T*
     return;
   }
   RowGradient gradient;
-  gradient.max = sums.max;
+  gradient.reference = sums.reference;
   gradient.at_label = g;
-  gradient.b = (-g + (k != 0.0 ? k * (entropy - log_sum) : 0.0)) / sums.sum;
+  gradient.b = (-g + (k != 0.0 ? k * (row.entropy - row.log_sum) : 0.0)) / sums.sum;
   gradient.a = k * scale.inv_temperature / sums.sum;
   if (k != 0.0) {
     row_gradient<T, CAP, true, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient, next);

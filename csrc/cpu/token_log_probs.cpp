@@ -19,11 +19,10 @@ void forward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale) {
   const T* p = row_at<T>(a.logits, r);
   const RowSums sums = a.entropy ? row_forward<T, CAP, true>(p, a.vocab, scale)
                                  : row_forward<T, CAP, false>(p, a.vocab, scale);
-  const double log_sum = log(sums.sum);
-  const float z_label = Reader<T, CAP>(p, scale).scalar(a.labels[r]);
-  a.log_probs[r] = float((double(z_label) - sums.max) * scale.inv_temperature - log_sum);
-  a.lse[r] = float(sums.max * scale.inv_temperature + log_sum);
-  if (a.entropy) a.entropy[r] = float(log_sum - scale.inv_temperature * sums.moment / sums.sum);
+  const RowValues row = row_values(sums, Reader<T, CAP>(scale).scalar(p + a.labels[r]), scale);
+  a.log_probs[r] = row.log_prob;
+  a.lse[r] = row.lse;
+  if (a.entropy) a.entropy[r] = float(row.entropy);
 }
 
 template <typename T>
@@ -49,7 +48,7 @@ void backward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale, 
   const double g = a.dlog_probs[r] * scale.inv_temperature;
   const double k = a.dentropy ? -a.dentropy[r] * scale.inv_temperature : 0.0;
   RowGradient gradient;
-  gradient.max = float(a.lse[r] * a.temperature);
+  gradient.reference = float(a.lse[r] * a.temperature);
   gradient.at_label = g;
   gradient.b = -g + (k != 0.0 ? k * a.entropy[r] : 0.0);
   gradient.a = k * scale.inv_temperature;
