@@ -31,6 +31,29 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """Executed demonstrations: success.jsonl, clean.jsonl and rot.jsonl.
+
+    Args:
+        out: folder of the records.
+        count: tasks to demonstrate.
+        tasks: which tasks.
+        near_miss_share: share of the tasks without a trap that get a forced near-miss as well.
+    """
+
+    out: str
+    count: int = 2400
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    near_miss_share: float = 0.35
+
+    def __post_init__(self) -> None:
+        _require(self.count > 0, "count", self.count, "1 or more")
+        _require(
+            0 <= self.near_miss_share <= 1, "near_miss_share", self.near_miss_share, "a share"
+        )
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
@@ -102,8 +125,8 @@ class SourceConfig:
 
     Args:
         path: .jsonl or .json records.
-        mask: which turns are trained: "clean", every assistant turn; "rot", the reflection turn only; "repair",
-            every assistant turn but the failed ones.
+        mask: which turns are trained: "clean", every assistant turn; "rot", the reflection turn
+            only; "repair", every assistant turn but the failed ones.
         reflections: "keep", or "strip" for failure-then-retry without reflection.
     """
 
@@ -239,3 +262,64 @@ class TrainConfig:
         _require(self.epochs > 0, "epochs", self.epochs, "1 or more")
         _require(self.temperature > 0, "temperature", self.temperature, "a positive number")
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out tasks.
+
+    Args:
+        model: Hugging Face name or path.
+        out: folder for report.json and transcripts.jsonl; None prints only.
+        count: tasks.
+        tasks: which tasks; use a seed that no training used.
+        reflect: open a reflection block after a typed failure.
+        temperature: 0 is greedy.
+        max_new_tokens: limit of one turn.
+        seed: sampling and choice of near-misses.
+    """
+
+    model: str
+    out: str | None = None
+    count: int = 480
+    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 4)))
+    reflect: bool = True
+    temperature: float = 0.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.count > 0, "count", self.count, "1 or more")
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One task about the files of a folder.
+
+    Args:
+        task: the question.
+        model: Hugging Face name or path.
+        workspace: folder with the files; tools only read it.
+        reflect: open a reflection block after a typed failure.
+        max_steps: tool calls, corrections not counted.
+    """
+
+    task: str
+    model: str = "runs/demo/regrpo/model"
+    workspace: str = "runs/demo/workspace"
+    reflect: bool = True
+    max_steps: int = 6
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole way through, on two CPU cores.
+
+    Args:
+        out: folder of everything the demo makes.
+        seed: of everything random.
+    """
+
+    out: str = "runs/demo"
+    seed: int = 0

@@ -15,7 +15,8 @@ from regrpo.tools.cache import LRU
 from regrpo.tools.observation import Observation, failure
 from regrpo.workspace import WorkspaceFile, build_workspace
 
-Workspace = tuple[WorkspaceFile, ...]
+# Files to build a throw-away folder from, or a folder that is there already (tools only read it).
+Workspace = tuple[WorkspaceFile, ...] | Path
 
 
 class Environment(Protocol):
@@ -48,7 +49,7 @@ class LocalEnvironment:
             timeout_s=timeout_s, memory_mb=memory_mb, max_output_chars=max_output_chars
         )
         # Keyed by content: two tasks with the same files share a folder.
-        self._workspaces: LRU[Workspace, Path] = LRU(max_workspaces, on_evict=shutil.rmtree)
+        self._workspaces: LRU[tuple[WorkspaceFile, ...], Path] = LRU(max_workspaces, on_evict=shutil.rmtree)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._built = 0
 
@@ -86,9 +87,11 @@ class LocalEnvironment:
         return [observations.get(index) or next(executed) for index in range(len(requests))]
 
     def _path(self, files: Workspace) -> Path:
+        if isinstance(files, Path):
+            return files
         return self._workspaces.get(files, lambda: self._build(files))
 
-    def _build(self, files: Workspace) -> Path:
+    def _build(self, files: tuple[WorkspaceFile, ...]) -> Path:
         if self._folder is None:
             raise RuntimeError("the environment is closed; use it in a `with` statement")
         path = Path(self._folder.name, str(self._built))

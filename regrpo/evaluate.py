@@ -1,14 +1,22 @@
 """Evaluation on whole held-out tasks and on forced near-misses, with 95 % confidence intervals."""
 
+import json
 import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from regrpo.data_engine.build import Demonstration, local_starts
+from regrpo.config import EvalConfig
+from regrpo.data_engine.build import Demonstration, demonstrate, local_starts
 from regrpo.environment import Environment
+from regrpo.modeling import load_model, load_tokenizer
+from regrpo.records import write_atomically, write_records
+from regrpo.report import transcript
 from regrpo.rollout import Policy, Trajectory, run, task_start
-from regrpo.tasks import SERIAL_FAMILIES
+from regrpo.sampling import LocalPolicy
+from regrpo.tasks import SERIAL_FAMILIES, generate_tasks
 from regrpo.tools import Status
 
 
@@ -54,10 +62,12 @@ class Report:
     Attributes:
         success: the final answer is right.
         first_try: right, without a failed call on the way.
-        recovery_own: of the steps whose call failed, those where the correction observed what the reference call
-            observes.
-        recovery_forced: the same after an executed near-miss, from states of the reference trajectory.
-        unneeded: turns that hold a reflection though nothing had failed, of all turns behind no failure.
+        recovery_own: of the steps whose call failed, those where the correction observed what the
+            reference call observes.
+        recovery_forced: the same after an executed near-miss, from states of the reference
+            trajectory.
+        unneeded: turns that hold a reflection though nothing had failed, of all turns behind no
+            failure.
         error_type: of the reflections after forced near-misses, those that name the error type.
         reflection_tokens: mean length of a reflection after a failure; 0 without any.
         success_serial: success on the families whose repair takes several looks.
@@ -72,6 +82,15 @@ class Report:
     reflection_tokens: float
     success_serial: Rate
 
+    def to_dict(self) -> dict[str, Any]:
+        """Rates as percent, 95 % interval and count."""
+        return {
+            name: {"percent": v.percent, "interval": v.interval, "count": v.count}
+            if isinstance(v, Rate)
+            else v
+            for name, v in vars(self).items()
+        }
+
 
 def evaluate(
     policy: Policy,
@@ -81,7 +100,7 @@ def evaluate(
     reflect: bool,
     seed: int = 0,
 ) -> tuple[Report, list[Trajectory]]:
-    """Runs every task once as a whole episode, and one forced near-miss of each where there is one."""
+    """Runs every task once as a whole episode, and one forced near-miss of each that has one."""
     episodes = run(
         policy,
         environment,
@@ -116,3 +135,35 @@ def evaluate(
         success_serial=rate(t.success for t in episodes if t.start.task.family in SERIAL_FAMILIES),
     )
     return report, episodes
+
+
+def held_out(config: EvalConfig, environment: Environment) -> list[Demonstration]:
+    """The tasks of an evaluation with their executed references and near-misses."""
+    tasks = generate_tasks(
+        config.count,
+        seed=config.tasks.seed,
+        hops=config.tasks.hops,
+        trap_share=config.tasks.trap_share,
+        families=config.tasks.families,
+    )
+    return demonstrate(environment, list(tasks), seed=config.seed)[0]
+
+
+def run_eval(config: EvalConfig, environment: Environment) -> str:
+    """Evaluates a model; writes report.json and transcripts.jsonl where asked; returns the report as text."""
+    policy = LocalPolicy(
+        load_model(config.model).eval(),
+        load_tokenizer(config.model),
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
+    demonstrations = held_out(config, environment)
+    report, episodes = evaluate(
+        policy, environment, demonstrations, reflect=config.reflect, seed=config.seed
+    )
+    if config.out is not None:
+        out = Path(config.out)
+        write_atomically(out / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        write_records(out / "transcripts.jsonl", (transcript(t) for t in episodes))
+    return "\n".join(f"{name:18} {value}" for name, value in vars(report).items())

@@ -26,8 +26,8 @@ def policy_loss(
 
     Args:
         hidden: [T, H] of the batch. weight, bias: the head, [V, H] and [V].
-        normalizer: trained tokens (or sequences, by ``objective.loss_agg_mode``) of the whole update, so that the
-            gradient does not depend on how it is split into packs.
+        normalizer: trained tokens (or sequences, by ``objective.loss_agg_mode``) of the whole
+            update, so that the gradient does not depend on how it is split into packs.
     """
     rows = batch.loss_mask.nonzero().squeeze(1)
     trained_before = F.pad(batch.loss_mask.cumsum(0), (1, 0))

@@ -1,8 +1,8 @@
 """Hugging Face causal language models, packed.
 
-Models are loaded as they are, with LoRA or full weights, and run over packed sequences through transformers'
-attention interface: nothing is patched. The trainer asks for hidden states; the head is applied to trained tokens
-only.
+Models are loaded as they are, with LoRA or full weights, and run over packed sequences through
+transformers' attention interface: nothing is patched. The trainer asks for hidden states; the head
+is applied to trained tokens only.
 """
 
 import contextlib
@@ -44,13 +44,13 @@ def _varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed sequence; query [1, heads, T, D] -> [1, T, heads, D].
 
-    Sequences are laid side by side as [B, heads, max_length, D]: memory and time grow with the longest
-    sequence, never with T x T.
+    Sequences are laid side by side as [B, heads, max_length, D]: memory and time grow with the
+    longest sequence, never with T x T.
     """
     if sliding_window is not None and sliding_window < max_length_q:
         raise NotImplementedError(
-            f"sliding_window={sliding_window} with a sequence of {max_length_q} tokens; expected sequences "
-            "inside the window"
+            f"sliding_window={sliding_window} with a sequence of {max_length_q} tokens; expected "
+            "sequences inside the window"
         )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -104,11 +104,13 @@ def load_model(
     """Loads any Hugging Face causal LM, or an adapter on one.
 
     Args:
-        name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its base.
+        name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its
+            base.
         lora_rank: 0 trains all weights.
 
     Raises:
-        NotImplementedError: the model changes its logits behind the head in a way the loss does not know yet.
+        NotImplementedError: the model changes its logits behind the head in a way the loss does not
+            know yet.
     """
     if (Path(name_or_path) / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
@@ -135,7 +137,9 @@ def load_model(
 
 def base_model(model: CausalLM) -> PreTrainedModel:
     """The transformers model under an adapter, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
 
 
 @contextlib.contextmanager

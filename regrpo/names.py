@@ -1,4 +1,4 @@
-"""Identifiers of the generated tasks: files, columns, documents and fields are all called one of these.
+"""Identifiers of the generated tasks: files, columns, documents and fields bear these names.
 
 Each is one token of the small tokenizer, so that copying an identifier is copying one symbol.
 """

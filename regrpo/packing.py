@@ -1,14 +1,15 @@
 """Variable-length sequences -> packed batches without padding.
 
-Labels are shifted here, once: position t of a sequence predicts its token t + 1, and everything in a
-``PackedBatch`` that speaks of a prediction (``labels, segment_ids, loss_mask, advantages, old_log_probs,
-ref_log_probs``) is aligned with the position that makes it. The last position of a sequence predicts nothing, so
-sequences in a pack never predict each other.
+Labels are shifted here, once: position t of a sequence predicts its token t + 1, and everything in
+a ``PackedBatch`` that speaks of a prediction (``labels, segment_ids, loss_mask, advantages,
+old_log_probs, ref_log_probs``) is aligned with the position that makes it. The last position of a
+sequence predicts nothing, so sequences in a pack never predict each other.
 """
 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -43,7 +44,11 @@ class PackedBatch:
     ref_log_probs: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -59,7 +64,7 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
         length = lengths[index]
         if length > budget:
             raise ValueError(
-                f"sequence {index} has {length} tokens; expected at most the token budget of {budget}"
+                f"sequence {index} has {length} tokens; expected at most the budget of {budget}"
             )
         slot = bisect.bisect_left(room, (length, -1))
         if slot == len(room):

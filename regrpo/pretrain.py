@@ -1,13 +1,14 @@
-"""The small base model: tokenizer from the tasks' own text, weights pretrained on in-context copying.
+"""The small base model: tokenizer from the tasks' own text, weights pretrained on copying.
 
-A training sequence is a short random string of symbols, repeated. Predicting a repetition takes looking up what
-followed the symbol before (induction), which is all that is taught here: no task text, no tool, no format.
+A training sequence is a short random string of symbols, repeated. Predicting a repetition takes
+looking up what followed the symbol before (induction), which is all that is taught here: no task
+text, no tool, no format.
 """
 
 import random
 
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from regrpo.config import PretrainConfig
 from regrpo.data_engine.build import build
@@ -42,7 +43,7 @@ def copying_batch(rng: random.Random, identifiers: list[int], vocabulary: list[i
     return collate(trajectories)
 
 
-def task_tokenizer(config: PretrainConfig, environment: Environment) -> PreTrainedTokenizerBase:
+def task_tokenizer(config: PretrainConfig, environment: Environment) -> PreTrainedTokenizerFast:
     """The tokenizer, from executed demonstrations of generated tasks."""
     tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 4)))
     corpus = build(environment, tasks, seed=config.seed)
@@ -62,7 +63,8 @@ def run_pretrain(
         num_heads=config.num_heads,
         seed=config.seed,
     )
-    identifiers = tokenizer.convert_tokens_to_ids(list(NAMES))
+    vocabulary_ids = tokenizer.get_vocab()
+    identifiers = [vocabulary_ids[name] for name in NAMES]
     vocabulary = list(range(len(tokenizer)))
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
         bar = (

@@ -1,7 +1,8 @@
 """Records on disk: JSON or JSON Lines in the official ReGRPO schema.
 
-A record is ``{id, image, answer, conversations: [{role, content}], rot_meta?}``; ``rot_meta`` holds the failure, the
-reflection and the correction. Turns written as ``{from, value}`` (MM-Traj, MAT-Agent) are read as well.
+A record is ``{id, image, answer, conversations: [{role, content}], rot_meta?}``; ``rot_meta`` holds
+the failure, the reflection and the correction. Turns written as ``{from, value}`` (MM-Traj,
+MAT-Agent) are read as well.
 """
 
 import json

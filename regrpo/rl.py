@@ -1,12 +1,14 @@
 """On-policy ReGRPO (arXiv 2606.31392) on local trajectories.
 
-An update: for every state, K trajectories ``a0 -> o0 -> z -> a1 -> o1`` are sampled and executed; success minus
-reflection cost is compared inside the group of K; reflections and actions are trained together with clipped ratios
-against the behaviour policy. A share of the states starts behind a near-miss that was executed already. With
-``reflect=False`` the same loop is GRPO with plain retries.
+An update: for every state, K trajectories ``a0 -> o0 -> z -> a1 -> o1`` are sampled and executed;
+success minus reflection cost is compared inside the group of K; reflections and actions are trained
+together with clipped ratios against the behaviour policy. A share of the states starts behind a
+near-miss that was executed already. With ``reflect=False`` the same loop is GRPO with plain
+retries.
 
-Deviations from the official release: it samples nothing and clips nothing; here old log-probs come from the sampler,
-the reference is the model before the run (the adapter off, or a frozen copy for full weights).
+Deviations from the official release: it samples nothing and clips nothing; here old log-probs come
+from the sampler, the reference is the model before the run (the adapter off, or a frozen copy for
+full weights).
 """
 
 import copy
@@ -34,7 +36,7 @@ from regrpo_kernels import Objective, ReflectionAdvantages, reflection_advantage
 
 
 def sample_starts(config: TrainConfig, environment: Environment, step: int) -> list[Start]:
-    """The states of one update; a function of the configuration and the step, so that a resumed run agrees."""
+    """The states of one update: a function of configuration and step, so a resumed run agrees."""
     tasks = generate_tasks(
         config.states,
         seed=config.tasks.seed,
@@ -134,7 +136,7 @@ class Learner:
 
 
 def run_rl(config: TrainConfig, environment: Environment, progress: Progress | None = None) -> str:
-    """Trains, resuming where a former run of the same configuration stopped; returns the model's folder."""
+    """Trains, resuming a former run of the same configuration; returns the model's folder."""
     tokenizer = load_tokenizer(config.model)
     lora = config.lora
     model = load_model(
@@ -175,12 +177,11 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
     full = collate(tokens, with_old_log_probs=True)
     result = advantages_of(trajectories, full, config)
     metrics = rollout_metrics(trajectories, result, config.group_size)
+    starts = full.cu_seqlens.tolist()
     packs = []
     for indices in split(trajectories, config.batch_tokens):
         batch = collate([tokens[i] for i in indices], with_old_log_probs=True)
-        rows = torch.cat(
-            [torch.arange(full.cu_seqlens[i], full.cu_seqlens[i + 1]) for i in indices]
-        )
+        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
         batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
         packs.append(replace(batch, ref_log_probs=learner.reference_log_probs(batch)))
     count = float(result.loss_mask.sum())

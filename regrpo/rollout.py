@@ -1,8 +1,8 @@
-"""Episodes and local trajectories: the policy acts, tools execute, failures open at most one reflection a step.
+"""Episodes and local trajectories: the policy acts, tools execute, failures open a reflection.
 
-A *local trajectory* is one step from a given state: ``a0 -> o0``, and after a failure ``z, a1 -> o1``. An
-*episode* is a whole task. Both run here, many at a time, turn by turn: one batched generation, one batched
-execution.
+A *local trajectory* is one step from a given state: ``a0 -> o0``, and after a failure ``z, a1 ->
+o1``. An *episode* is a whole task. Both run here, many at a time, turn by turn: one batched
+generation, one batched execution.
 """
 
 from collections.abc import Sequence
@@ -52,6 +52,7 @@ class Trajectory:
     failed: bool = False
     done: bool = False
     success: bool = False
+    answer: str | None = None
 
     @property
     def reflection_tokens(self) -> int:
@@ -79,11 +80,13 @@ def run(
     """Runs one trajectory from every start.
 
     Args:
-        reflect: open a reflection block after a typed failure (``Status.ERROR`` or ``EMPTY``); at most one a step.
-        whole: go on until ``final_answer``, a correction that fails, or ``max_steps``; otherwise stop after a step.
+        reflect: open a reflection block after a typed failure (``Status.ERROR`` or ``EMPTY``); at
+            most one a step.
+        whole: go on until ``final_answer``, a correction that fails, or ``max_steps``; otherwise
+            stop after a step.
 
-    Success is judged by execution: an episode's final answer is the task's; a local trajectory's last observation
-    is that of the reference call.
+    Success is judged by execution: an episode's final answer is the task's; a local trajectory's
+    last observation is that of the reference call.
     """
     opener = policy.chat.encode(REFLECTION_OPENER) if reflect else []
     trajectories = []
@@ -134,6 +137,7 @@ def _advance(
     final = _is_final(text)
     if final or not whole:
         t.done = True
+        t.answer = observation.text if final else None
         expected = task.answer if final else t.start.expected
         # A premature final answer is no success of a step that should have called a tool.
         step_is_final = whole or task.steps[t.start.step].call.name == "final_answer"

@@ -1,7 +1,8 @@
 """Conversation -> tokens with a segment id each.
 
-A conversation is rendered and tokenised once. Segment ids come from character spans of the rendered text through
-the tokenizer's offsets, never from tokenising string prefixes, which breaks at BPE boundaries.
+A conversation is rendered and tokenised once. Segment ids come from character spans of the rendered
+text through the tokenizer's offsets, never from tokenising string prefixes, which breaks at BPE
+boundaries.
 """
 
 from collections.abc import Sequence
@@ -49,8 +50,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kw
     """The conversation as text, through the tokenizer's chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no chat template; expected an instruction-tuned "
-            "model's tokenizer, or set tokenizer.chat_template"
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template; expected an "
+            "instruction-tuned model's tokenizer, or set tokenizer.chat_template"
         )
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
     assert isinstance(text, str)
@@ -67,8 +68,8 @@ def tokenize_conversation(
 
     Args:
         messages: ``role``/``content`` turns.
-        trained_turns: indices into ``messages`` of the assistant turns that are ACTION/REFLECTION; the others
-            become CONTEXT. ``None`` takes every assistant turn (the ``clean`` mask).
+        trained_turns: indices into ``messages`` of the assistant turns that are ACTION/REFLECTION;
+            the others become CONTEXT. ``None`` takes every assistant turn (the ``clean`` mask).
 
     The end-of-turn token behind a trained turn belongs to it: a model must learn to stop.
 
@@ -84,8 +85,8 @@ def tokenize_conversation(
         start = text.find(content, cursor)
         if start < 0:
             raise ValueError(
-                f"messages[{index}]: the chat template of {tokenizer.name_or_path!r} does not reproduce "
-                f"its content {content[:60]!r}; expected it verbatim"
+                f"messages[{index}]: the chat template of {tokenizer.name_or_path!r} does not "
+                f"reproduce its content {content[:60]!r}; expected it verbatim"
             )
         end = cursor = start + len(content)
         if message["role"] == "assistant":
@@ -109,7 +110,7 @@ def tokenize_conversation(
 
 
 class ChatFormat:
-    """What surrounds the turns of a conversation, as tokens, read off the tokenizer's chat template."""
+    """What surrounds the turns of a conversation, read off the tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -122,11 +123,11 @@ class ChatFormat:
         stop = reply.find(end, reply.rfind("A") + 1) if end else -1
         if stop < 0 or not follow.startswith(reply[: stop + len(end)]):
             raise ValueError(
-                f"the chat template of {tokenizer.name_or_path!r} does not close an assistant turn with "
-                f"eos_token {end!r}; expected ...A{end}..."
+                f"the chat template of {tokenizer.name_or_path!r} does not close an assistant turn "
+                f"with eos_token {end!r}; expected ...A{end}..."
             )
         self._before, self._after = follow[stop + len(end) :].split("\0")
-        self.end_id: int = tokenizer.convert_tokens_to_ids(end)
+        self.end_id: int = tokenizer.eos_token_id
         self._pieces: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -134,14 +135,14 @@ class ChatFormat:
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:
-            self._pieces[token] = self.tokenizer.decode([token])
+            self._pieces[token] = str(self.tokenizer.decode([token]))
         return self._pieces[token]
 
     def segment(self, ids: Sequence[int], forced: str = "") -> tuple[str, list[int]]:
-        """A sampled turn's text, with what was ``forced`` before it, and a segment id for every sampled token.
+        """A sampled turn's text, with what was ``forced`` before it, and each token's segment id.
 
-        A token belongs to the segment in which its first character stands: the reflection block is REFLECTION,
-        everything else ACTION.
+        A token belongs to the segment in which its first character stands: the reflection block is
+        REFLECTION, everything else ACTION.
         """
         pieces = [self._piece(i) for i in ids]
         start, stop = reflection_span(forced + "".join(pieces)) or (0, 0)
@@ -150,12 +151,12 @@ class ChatFormat:
             inside = start <= position < stop
             segments.append(int(Segment.REFLECTION if inside else Segment.ACTION))
             position += len(piece)
-        return forced + self.tokenizer.decode(ids, skip_special_tokens=True), segments
+        return forced + str(self.tokenizer.decode(list(ids), skip_special_tokens=True)), segments
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens up to where the assistant speaks."""
         return self.encode(render(self.tokenizer, messages, add_generation_prompt=True))
 
     def observation(self, content: str) -> list[int]:
-        """Tokens from behind an assistant turn's end-of-turn token to where the assistant speaks again."""
+        """Tokens from behind an assistant's end-of-turn token to where it speaks again."""
         return self.encode(self._before + content + self._after)

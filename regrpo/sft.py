@@ -1,7 +1,7 @@
 """Supervised fine-tuning on records: clean trajectories and Reflection-of-Thought repairs.
 
-Deviations from the official release: the reflection is trained with the failure it reflects on in its context,
-end-of-turn tokens are trained, sequences are packed and never see each other.
+Deviations from the official release: the reflection is trained with the failure it reflects on in
+its context, end-of-turn tokens are trained, sequences are packed and never see each other.
 """
 
 import random
@@ -61,7 +61,7 @@ def strip_reflections(messages: Sequence[Message]) -> list[Message]:
 def load_trajectories(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[SourceConfig], max_length: int
 ) -> tuple[list[TokenizedTrajectory], Counter[str]]:
-    """Reads and tokenises data files; returns the trajectories and how many were left out, by reason."""
+    """Reads and tokenises data files; also returns how many were left out, by reason."""
     trajectories: list[TokenizedTrajectory] = []
     skipped: Counter[str] = Counter()
     for source in sources:
@@ -98,7 +98,7 @@ def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[li
 
 
 def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
-    """Trains, resuming where a former run of the same configuration stopped; returns the model's folder."""
+    """Trains, resuming a former run of the same configuration; returns the model's folder."""
     tokenizer = load_tokenizer(config.model)
     trajectories, skipped = load_trajectories(tokenizer, config.data, config.max_length)
     lora = config.lora
@@ -117,8 +117,8 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
             next(order)
         while run.step < config.steps:
             batch = collate([trajectories[i] for i in next(order)]).to(run.device)
-            count = batch.loss_mask.sum()
-            loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, count).loss
+            trained = batch.loss_mask.sum()
+            loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, trained).loss
             loss.backward()
             norm = run.update()
             run.log(
@@ -127,7 +127,7 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
                     "grad_norm": norm,
                     "lr": run.lr,
                     "tokens": len(batch.labels),
-                    "trained_tokens": count.item(),
+                    "trained_tokens": trained.item(),
                 }
             )
             run.finish_step(config.save_every)

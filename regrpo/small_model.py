@@ -1,12 +1,14 @@
 """A small Qwen2 model and its tokenizer, for experiments that fit two CPU cores.
 
-The tokenizer is built from the tasks' own text. Identifiers and digits are single symbols; what stands
-between them (the fixed wording of prompts, calls and error messages) becomes one token a phrase where it
-recurs, one a word otherwise, and bytes as the last resort, so any text is encoded without loss. Segmentation
-is the Unigram model's (Kudo 2018, arXiv 1804.10959) with fixed scores: fewest tokens win.
+The tokenizer is built from the tasks' own text. Identifiers and digits are single symbols; what
+stands between them (the fixed wording of prompts, calls and error messages) becomes one token a
+phrase where it recurs, one a word otherwise, and bytes as the last resort, so any text is encoded
+without loss. Segmentation is the Unigram model's (Kudo 2018, arXiv 1804.10959) with fixed scores:
+fewest tokens win.
 
-The model is pretrained on in-context copying (induction; Olsson et al. 2022, arXiv 2209.11895), a stand-in for
-what every pretrained language model can do already. Without it none of the serial repairs is learned.
+The model is pretrained on in-context copying (induction; Olsson et al. 2022, arXiv 2209.11895), a
+stand-in for what every pretrained language model can do already. Without it none of the serial
+repairs is learned.
 """
 
 import re
@@ -56,7 +58,7 @@ def build_tokenizer(
     def spell(text: str) -> str:
         return "".join(piece for piece, _ in to_bytes.pre_tokenize_str(text))
 
-    pieces: dict[str, float] = {c: -4.0 for c in sorted(pre_tokenizers.ByteLevel.alphabet())}
+    pieces: dict[str, float] = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()), -4.0)
     for counter, score in ((words, -2.0), (phrases, -1.0)):
         for text, count in sorted(counter.items()):
             if len(text) > 1 and count >= min_count:

@@ -1,23 +1,27 @@
 """Generated tasks over real tools, with known answers.
 
-Every task comes with its workspace and the reference calls that solve it. In a share of the tasks the call that the
-wording suggests fails (the *trap*), and only the observation tells what to do instead:
+Every task comes with its workspace and the reference calls that solve it. In a share of the tasks
+the call that the wording suggests fails (the *trap*), and only the observation tells what to do
+instead:
 
-- ``links``: the file is a symbolic link, which the tools do not follow; the listing shows where links point.
+- ``links``: the file is a symbolic link, which the tools do not follow; the listing shows where
+  links point.
 - ``renames``: the column was renamed, several times; the schema's comments keep the history.
 - ``see``: the term is not indexed; the catalogue refers from term to term.
 - ``formats``: the file has another extension.
 - ``layout``: the box is stale; the page's layout says where the field is now.
 - ``label``, ``lookup``, ``sum``: two and three steps through the above.
 
-The first three are serial: three chains are interleaved, each ends in something that exists and answers, and only
-the chain that starts at what was asked is right. So a guess among what exists is right one time in three, and
-following the chain takes one look a hop. Wording and workspace look the same with and without the trap.
+The first three are serial: three chains are interleaved, each ends in something that exists and
+answers, and only the chain that starts at what was asked is right. So a guess among what exists is
+right one time in three, and following the chain takes one look a hop. Wording and workspace look
+the same with and without the trap.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from regrpo.names import NAMES
@@ -85,7 +89,7 @@ class _Scene:
         """
         hops = self.rng.randint(*self.hops)
         chains = [[self.name() for _ in range(hops + 1)] for _ in range(NUM_CHAINS)]
-        edges = [edge for chain in chains for edge in zip(chain, chain[1:], strict=False)]
+        edges = [edge for chain in chains for edge in pairwise(chain)]
         ends = [chain[-1] for chain in chains]
         self.rng.shuffle(edges)
         if self.trap():
@@ -279,7 +283,8 @@ def generate_tasks(
     Args:
         seed: task ``i`` depends on ``(seed, i)`` and the other arguments only.
         hops: least and most hops of a chain.
-        trap_share: how often the call suggested by the wording fails, per step that can have a trap.
+        trap_share: how often the call suggested by the wording fails, per step that can have a
+            trap.
 
     Raises:
         ValueError: an argument out of range, named.

@@ -15,14 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.config import OptimConfig
+from regrpo.errors import RunError
 from regrpo.modeling import CausalLM
 from regrpo.records import write_atomically
 
 KEEP_CHECKPOINTS = 2
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on; the message says why and what to do."""
 
 
 def build_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
@@ -45,10 +42,10 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class Run:
-    """A training run in a folder: ``config.json, metrics.jsonl, tensorboard/, checkpoints/, model/``.
+    """A training run in a folder: ``config.json, metrics.jsonl``, checkpoints and the model.
 
-    Resumes by itself: a folder that holds a checkpoint of the same configuration goes on from it, bit for bit. One of
-    another configuration is refused.
+    Resumes by itself: a folder that holds a checkpoint of the same configuration goes on from it,
+    bit for bit. One of another configuration is refused.
     """
 
     def __init__(
@@ -103,8 +100,8 @@ class Run:
             now = json.loads(text)
             keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
             raise RunError(
-                f"{self.out} holds a run with another configuration (differs in: {', '.join(keys)}); "
-                "choose another out, or delete the folder"
+                f"{self.out} holds a run with another configuration (differs in: "
+                f"{', '.join(keys)}); choose another out, or delete the folder"
             )
         write_atomically(path, text)
 
@@ -139,7 +136,8 @@ class Run:
         )
         if not torch.isfinite(norm):
             raise RunError(
-                f"step {self.step}: gradient norm is {norm.item()}; the last checkpoint in {self.out} is intact"
+                f"step {self.step}: gradient norm is {norm.item()}; the last checkpoint in "
+                f"{self.out} is intact"
             )
         lr = learning_rate(self.step, self.steps, self.optim)
         for group in self.optimizer.param_groups:
@@ -190,7 +188,7 @@ def save_pretrained(model: CausalLM, tokenizer: PreTrainedTokenizerBase, path: P
     """Writes model and tokenizer into a folder that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(str(partial))
     tokenizer.save_pretrained(partial)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)

@@ -1,26 +1,31 @@
 """Executed demonstrations for supervised warm-up.
 
-Three corpora come out of one set of tasks, so that their learners differ in what they see and in nothing else:
+Three corpora come out of one set of tasks, so that their learners differ in what they see and in
+nothing else:
 
-- ``success``: every task solved at the first try by its reference calls (hindsight where there is a trap).
+- ``success``: every task solved at the first try by its reference calls (hindsight where there is a
+  trap).
 - ``clean``: those of them whose first try an agent could have known (no trap).
-- ``rot``: a near-miss executed, its real failure, a reflection grounded in it, the correction, and on to the answer.
+- ``rot``: a near-miss executed, its real failure, a reflection grounded in it, the correction, and
+  on to the answer.
 
-A near-miss is kept only if executing it fails, executing the correction succeeds, and the observation tells how to
-get from one to the other.
+A near-miss is kept only if executing it fails, executing the correction succeeds, and the
+observation tells how to get from one to the other.
 """
 
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from regrpo.config import DataConfig
 from regrpo.data_engine.near_miss import ERROR_SHARES, near_misses
 from regrpo.data_engine.teacher import explain
 from regrpo.environment import Environment
 from regrpo.prompts import observation_turn, opening, thought
-from regrpo.records import Record
-from regrpo.tasks import Task
+from regrpo.records import Record, write_records
+from regrpo.tasks import Task, generate_tasks
 from regrpo.tool_calls import Reflection, ToolCall, Turn
 from regrpo.tools import Observation, Status
 from regrpo.trajectory import Message, Start
@@ -39,7 +44,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A task with the observations of its reference calls and, by error type, every failure that was kept."""
+    """A task, the observations of its reference calls, and every failure that was kept."""
 
     task: Task
     observations: tuple[Observation, ...]
@@ -140,8 +145,8 @@ def build(
     """Builds the three corpora.
 
     Args:
-        near_miss_share: share of the tasks without a trap that get a forced near-miss record as well; its error
-            type is the feasible one that lags furthest behind ``ERROR_SHARES``.
+        near_miss_share: share of the tasks without a trap that get a forced near-miss record as
+            well; its error type is the feasible one that lags furthest behind ``ERROR_SHARES``.
     """
     demonstrations, dropped = demonstrate(environment, tasks, seed=seed)
     corpus = Corpus(dropped=dropped)
@@ -200,7 +205,8 @@ def local_starts(
 ) -> list[Start]:
     """One state for a local trajectory from every demonstration.
 
-    With probability ``forced_share`` a near-miss has been executed already and the next turn must repair it.
+    With probability ``forced_share`` a near-miss has been executed already and the next turn must
+    repair it.
     Earlier steps went as they would have: through the traps of the wording, repaired.
     """
     starts = []
@@ -222,3 +228,38 @@ def local_starts(
             )
         )
     return starts
+
+
+def write_corpora(config: DataConfig, environment: Environment) -> str:
+    """Builds and writes ``success.jsonl``, ``clean.jsonl`` and ``rot.jsonl``; returns a summary.
+
+    The same configuration writes the same bytes; each file appears whole or not at all.
+    """
+    tasks = config.tasks
+    corpus = build(
+        environment,
+        list(
+            generate_tasks(
+                config.count,
+                seed=tasks.seed,
+                hops=tasks.hops,
+                trap_share=tasks.trap_share,
+                families=tasks.families,
+            )
+        ),
+        seed=tasks.seed,
+        near_miss_share=config.near_miss_share,
+    )
+    out = Path(config.out)
+    for name in ("success", "clean", "rot"):
+        write_records(out / f"{name}.jsonl", getattr(corpus, name))
+    types = Counter(r["rot_meta"]["error_type"] for r in corpus.rot)
+    lines = [
+        f"{out}: {len(corpus.success)} success, {len(corpus.clean)} clean, {len(corpus.rot)} rot",
+        *(
+            f"  {name}: {types[name] / max(1, len(corpus.rot)):.3f} (target {share:.3f})"
+            for name, share in ERROR_SHARES.items()
+        ),
+        *(f"  dropped {count}: {reason}" for reason, count in sorted(corpus.dropped.items())),
+    ]
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Near-miss actions: a correct call with one plausible mistake.
 
-What can go wrong follows from the tool's typed parameters, not from its name. The error types and their target
-shares are the paper's (arXiv 2606.31392).
+What can go wrong follows from the tool's typed parameters, not from its name. The error types and
+their target shares are the paper's (arXiv 2606.31392).
 """
 
 import inspect
@@ -24,8 +24,8 @@ _TOOLS = {tool.__name__: tool for tool in TOOLS}
 def near_misses(step: Step, rng: random.Random) -> dict[str, ToolCall]:
     """One near-miss call per feasible error type for a step.
 
-    Where the wording itself suggests a failing call, that call is the only near-miss: an agent that errs in another
-    way first would not learn from the observation what the repair needs.
+    Where the wording itself suggests a failing call, that call is the only near-miss: an agent that
+    errs in another way first would not learn from the observation what the repair needs.
     """
     if step.trap is not None and step.trap_type is not None:
         return {step.trap_type: step.trap}

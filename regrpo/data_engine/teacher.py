@@ -1,8 +1,8 @@
 """A deterministic teacher: the Reflection-of-Thought triplet, grounded in the real observation.
 
-It sees what a reader of the trajectory sees (the failed call, its observation, the correction) and no more, and
-cites the observation: the edges that lead from the wrong argument to the right one, or the line that names the
-right one, or the error itself.
+It sees what a reader of the trajectory sees (the failed call, its observation, the correction) and
+no more, and cites the observation: the edges that lead from the wrong argument to the right one, or
+the line that names the right one, or the error itself.
 """
 
 import re

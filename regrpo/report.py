@@ -1,0 +1,54 @@
+"""What people look at: transcripts, the comparison table, learning curves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from regrpo.records import Record
+from regrpo.rollout import Trajectory
+from regrpo.tools import Status
+
+STATUS_STYLE = {Status.OK: "green", Status.ERROR: "red", Status.EMPTY: "yellow"}
+
+
+def transcript(trajectory: Trajectory) -> Record:
+    """A trajectory as a JSON-serialisable record."""
+    task = trajectory.start.task
+    return {
+        "id": task.id,
+        "family": task.family,
+        "question": task.question,
+        "expected": task.answer,
+        "answer": trajectory.answer,
+        "success": trajectory.success,
+        "turns": [
+            {
+                "step": turn.step,
+                "text": turn.text,
+                "observation": turn.observation.text,
+                "status": turn.observation.status.value,
+                "correction": turn.correction,
+                "reflection_tokens": turn.reflection_tokens,
+            }
+            for turn in trajectory.turns
+        ],
+    }
+
+
+def print_transcript(trajectory: Trajectory, console: Console | None = None) -> None:
+    """Prints a trajectory: what was asked, every turn, every observation in the colour of its status."""
+    console = console or Console()
+    task = trajectory.start.task
+    console.print(Text(f"Task: {task.question}", style="bold"))
+    for turn in trajectory.turns:
+        console.print(Text(turn.text.strip(), style="cyan" if turn.correction else ""))
+        console.print(
+            Text(
+                f"[step {turn.step}, {turn.observation.status.value}] {turn.observation.text}",
+                style=STATUS_STYLE[turn.observation.status],
+            )
+        )
+    expected = f" (expected {task.answer})" if task.answer else ""
+    console.print(Text(f"Answer: {trajectory.answer}{expected}\n", style="bold"))
