@@ -29,6 +29,7 @@ ROT_META = (
     "reflection",
     "corrected_action",
 )
+REFLECTION = ("error_type", "evidence", "fix_plan")
 
 
 class RecordError(ValueError):
@@ -55,7 +56,7 @@ def normalize(raw: Any, where: str) -> Record:
             raise RecordError(f"{here} is {turn!r:.40}; expected {{role, content}}")
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise RecordError(f"{here}: role is {role!r}; expected one of {sorted(ROLES)}")
         if not isinstance(content, str):
             raise RecordError(f"{here}: content is {type(content).__name__}; expected text")
@@ -65,10 +66,17 @@ def normalize(raw: Any, where: str) -> Record:
     record.setdefault("id", where)
     meta = record.get("rot_meta")
     if meta is not None:
-        missing = [k for k in ROT_META if not isinstance(meta, dict) or k not in meta]
-        if missing:
-            raise RecordError(f"{where}: rot_meta lacks {', '.join(missing)}")
+        _require_keys(meta, ROT_META, f"{where}: rot_meta")
+        _require_keys(meta["reflection"], REFLECTION, f"{where}: rot_meta.reflection")
     return record
+
+
+def _require_keys(value: Any, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(value, dict):
+        raise RecordError(f"{where} is {value!r:.40}; expected an object with {', '.join(keys)}")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise RecordError(f"{where} lacks {', '.join(missing)}")
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -78,29 +86,31 @@ def read_records(path: str | Path) -> list[Record]:
         FileNotFoundError: no such file. RecordError: what is wrong, and where.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() or path.suffix not in (".jsonl", ".json"):
         raise FileNotFoundError(f"no data file at {path}; expected .jsonl or .json records")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: {error}; expected UTF-8") from error
     if path.suffix == ".json":
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{path}: {error}") from error
+        raw = _parse(text, str(path))
         if not isinstance(raw, list):
             raise RecordError(f"{path}: got {type(raw).__name__}; expected a list of records")
-        return [normalize(r, f"{path}[{i}]") for i, r in enumerate(raw)]
-    records = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{path}:{number}: {error}") from error
-        records.append(normalize(raw, f"{path}:{number}"))
+        records = [normalize(r, f"{path}[{i}]") for i, r in enumerate(raw)]
+    else:
+        # Not splitlines: a string may hold U+2028 and other separators as they are.
+        lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1)]
+        records = [normalize(_parse(line, at), at) for at, line in lines if line.strip()]
     if not records:
         raise RecordError(f"{path}: holds no record; expected at least one")
     return records
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: {error}; expected JSON") from error
 
 
 def write_atomically(path: str | Path, text: str) -> None:
