@@ -186,9 +186,9 @@ def _launch(
     stats = torch.empty((len(STATS), *labels.shape), dtype=torch.float32, device=logits.device)
     with device_guard(logits):
         if impl == "triton":
-            from regrpo_kernels import triton_kernels
+            from regrpo_kernels import triton_rows
 
-            triton_kernels.grpo_loss(
+            triton_rows.grpo_loss(
                 logits,
                 labels,
                 mask,
@@ -243,10 +243,10 @@ def _gradient_buffer(logits: Tensor, needs_gradient: bool) -> Tensor:
 
 def _scale_gradient(dlogits: Tensor, scale: Tensor, impl: str) -> None:
     if impl == "triton":
-        from regrpo_kernels import triton_kernels
+        from regrpo_kernels import triton_rows
 
         with device_guard(dlogits):
-            triton_kernels.scale_gradient(dlogits, scale)
+            triton_rows.scale_gradient(dlogits, scale)
     elif dlogits.device.type == "cpu" and scale.item() == 1.0:
         return
     else:

@@ -1,7 +1,7 @@
 """The per-token objective: `(log_prob, old, ref, advantage) -> loss`, and its options.
 
 The formulas live in three places that must agree: `token_objective` here (the readable specification),
-`csrc/objective.h` (C++ and CUDA) and `_token_objective` in `triton_kernels.py`.
+`csrc/objective.h` (C++ and CUDA) and `_token_objective` in `triton_rows.py`.
 
 Sources: GRPO (arXiv 2402.03300, eq. 3-4), DAPO (arXiv 2503.14476: the two clip bounds and the token mean),
 Dr. GRPO (arXiv 2503.20783: a constant length), CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347), GSPO

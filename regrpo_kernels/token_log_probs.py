@@ -96,9 +96,9 @@ def _forward(
     log_probs, lse, entropy = outputs = _outputs(labels, return_entropy)
     with device_guard(logits):
         if impl == "triton":
-            from regrpo_kernels import triton_kernels
+            from regrpo_kernels import triton_rows
 
-            triton_kernels.token_log_probs(logits, labels, *outputs, temperature, softcap)
+            triton_rows.token_log_probs(logits, labels, *outputs, temperature, softcap)
             return outputs
         compiled().token_log_probs(
             dtype=DTYPE_CODES[logits.dtype],
@@ -132,9 +132,9 @@ def _backward(
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     with device_guard(logits):
         if impl == "triton":
-            from regrpo_kernels import triton_kernels
+            from regrpo_kernels import triton_rows
 
-            triton_kernels.token_log_probs_backward(
+            triton_rows.token_log_probs_backward(
                 logits, labels, lse, entropy, dlog_probs, dentropy, dlogits, temperature, softcap
             )
             return dlogits
