@@ -19,7 +19,7 @@ the same with and without the trap.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -277,8 +277,8 @@ def generate_tasks(
     hops: tuple[int, int] = (1, 2),
     trap_share: float = 0.65,
     families: Sequence[str] = tuple(FAMILIES),
-) -> Iterator[Task]:
-    """Yields the tasks ``first`` to ``first + count - 1`` of a seed, the families in turn.
+) -> list[Task]:
+    """The tasks ``first`` to ``first + count - 1`` of a seed, the families in turn.
 
     Args:
         seed: task ``i`` depends on ``(seed, i)`` and the other arguments only.
@@ -289,6 +289,8 @@ def generate_tasks(
     Raises:
         ValueError: an argument out of range, named.
     """
+    if count < 0 or first < 0:
+        raise ValueError(f"count, first: got {count}, {first}; expected 0 or more")
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown or not families:
         raise ValueError(f"families: got {unknown or 'none'}; expected some of {sorted(FAMILIES)}")
@@ -296,17 +298,22 @@ def generate_tasks(
         raise ValueError(f"hops: got {hops}; expected 1 <= least <= most <= 8")
     if not 0 <= trap_share <= 1:
         raise ValueError(f"trap_share: got {trap_share}; expected a share between 0 and 1")
+    tasks = []
     for index in range(first, first + count):
-        family = families[index % len(families)]
         scene = _Scene(random.Random(f"{seed}-{index}"), hops, trap_share)
-        question, answer, steps = FAMILIES[family](scene)
-        scene.rng.shuffle(scene.files)
-        final = Step(ToolCall("final_answer", (answer,)))
-        yield Task(
-            id=f"{family}-{seed}-{index}",
-            family=family,
-            question=question,
-            answer=answer,
-            workspace=tuple(scene.files),
-            steps=(*steps, final),
-        )
+        tasks.append(_task(families[index % len(families)], seed, index, scene))
+    return tasks
+
+
+def _task(family: str, seed: int, index: int, scene: _Scene) -> Task:
+    question, answer, steps = FAMILIES[family](scene)
+    scene.rng.shuffle(scene.files)
+    final = Step(ToolCall("final_answer", (answer,)))
+    return Task(
+        id=f"{family}-{seed}-{index}",
+        family=family,
+        question=question,
+        answer=answer,
+        workspace=tuple(scene.files),
+        steps=(*steps, final),
+    )
