@@ -38,7 +38,7 @@ static REGRPO_HD inline float advantage_of(float reward, const AdvantageLine& li
 }
 
 static REGRPO_HD inline bool is_trained(int64_t segment) {
-  return segment == kSegmentAction || segment == kSegmentReflection;
+  return (segment == kSegmentAction) | (segment == kSegmentReflection);  // no branch: segments alternate
 }
 
 // R = lambda_exec * success - eta * (reflection tokens / tokens_per_cost) + lambda_val * V

@@ -122,13 +122,16 @@ def _check_values(
             f"cu_seqlens must not decrease, got cu_seqlens[{index}] = {int(cu_seqlens[index])} and "
             f"cu_seqlens[{index + 1}] = {int(cu_seqlens[index + 1])}"
         )
-    unknown = (segment_ids < min(Segment)) | (segment_ids > max(Segment))
-    if unknown.any():
-        index = int(unknown.nonzero()[0])
-        raise ValueError(
-            f"segment_ids must be Segment values, {int(min(Segment))} to {int(max(Segment))}, "
-            f"got segment_ids[{index}] = {int(segment_ids[index])}"
-        )
+    if len(segment_ids) == 0:
+        return
+    low, high = segment_ids.aminmax()
+    for extreme in (int(low), int(high)):
+        if not min(Segment) <= extreme <= max(Segment):
+            index = int((segment_ids == extreme).nonzero()[0])
+            raise ValueError(
+                f"segment_ids must be Segment values, {int(min(Segment))} to {int(max(Segment))}, "
+                f"got segment_ids[{index}] = {extreme}"
+            )
 
 
 @torch.library.impl("regrpo_kernels::reflection_advantages", ("cpu", "cuda"), lib=library)

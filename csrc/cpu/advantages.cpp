@@ -46,11 +46,14 @@ void count_reflection_tokens(const ReflectionAdvantagesArgs& args) {
 template <typename Id>
 void broadcast_to_tokens(const ReflectionAdvantagesArgs& args) {
   const Id* segment_ids = static_cast<const Id*>(args.segment_ids);
+  float* token_advantages = args.token_advantages;
+  bool* loss_mask = args.loss_mask;
   for (int64_t b = 0; b < args.group.sequences; ++b) {
-    for (int64_t t = args.cu_seqlens[b]; t < args.cu_seqlens[b + 1]; ++t) {
-      const bool trained = is_trained(segment_ids[t]);
-      args.loss_mask[t] = trained;
-      args.token_advantages[t] = trained ? args.group.advantages[b] : 0.0f;
+    const float value[2] = {0.0f, args.group.advantages[b]};  // looked up: a branch on the segment mispredicts
+    const int64_t end = args.cu_seqlens[b + 1];
+    for (int64_t t = args.cu_seqlens[b]; t < end; ++t) {
+      loss_mask[t] = is_trained(segment_ids[t]);
+      token_advantages[t] = value[loss_mask[t]];
     }
   }
 }
