@@ -279,30 +279,35 @@ def _(dlogits, scale, impl):
     return None
 
 
-def _hand_over(ctx: Any, dloss: Tensor) -> Tensor:
-    """The gradient that forward left in `ctx.dlogits`, times `dloss`, given away unless the graph is kept."""
-    if ctx.dlogits is None:
-        raise RuntimeError(
-            "grpo_loss: its gradient was already used by an earlier backward; call "
-            "backward(retain_graph=True) the first time, or grpo_loss again"
-        )
-    dlogits, ctx.dlogits = ctx.dlogits, None
-    if torch._C._autograd._get_current_graph_task_keep_graph() and not ctx.inplace:
-        ctx.dlogits, dlogits = dlogits, dlogits.clone()
-    torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
-    return dlogits
+_USED = (
+    "grpo_loss: its gradient was already used by an earlier backward; call "
+    "backward(retain_graph=True) the first time, or grpo_loss again"
+)
 
 
 def _setup_context(ctx, inputs, output):
     _, stats, ctx.dlogits = output
-    ctx.impl, ctx.inplace = inputs[-1], False
+    ctx.impl = inputs[-1]
     ctx.mark_non_differentiable(stats, ctx.dlogits)
     # otherwise backward is handed zeros the size of the logits as the gradient of dlogits
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, dstats, ddlogits):
-    return _hand_over(ctx, dloss), *[None] * 11
+    dlogits = ctx.dlogits
+    if dlogits is None:
+        raise RuntimeError(_USED)
+    # given away, so that autograd can keep it as the .grad of a leaf without a copy; not while the
+    # graph is kept for another backward, nor while a compiler traces
+    if (
+        type(dlogits) is not Tensor
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
+        dlogits = dlogits.clone()
+    else:
+        ctx.dlogits = None
+    torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
+    return dlogits, *[None] * 11
 
 
 torch.library.register_autograd(
@@ -316,14 +321,19 @@ class _InplaceGrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, *arguments):
         loss, stats = torch.ops.regrpo_kernels.grpo_loss_(logits, *arguments)
-        ctx.dlogits, ctx.impl, ctx.inplace = logits.detach(), arguments[-1], True
+        ctx.dlogits, ctx.impl = logits.detach(), arguments[-1]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
 
     @staticmethod
     def backward(ctx, dloss, dstats):
-        return _hand_over(ctx, dloss), *[None] * 10
+        dlogits = ctx.dlogits
+        if dlogits is None:
+            raise RuntimeError(_USED)
+        ctx.dlogits = None
+        torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
+        return dlogits, *[None] * 10
 
 
 # --- the public function ----------------------------------------------------------------------------------------
