@@ -5,6 +5,7 @@ text through the tokenizer's offsets, never from tokenising string prefixes, whi
 boundaries.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +38,6 @@ class TokenizedTrajectory:
         self.segment_ids.extend([int(segment)] * len(ids))
         self.log_probs.extend([0.0] * len(ids) if log_probs is None else log_probs)
 
-    def copy(self) -> "TokenizedTrajectory":
-        return TokenizedTrajectory(
-            list(self.input_ids), list(self.segment_ids), list(self.log_probs)
-        )
-
     def count(self, segment: Segment) -> int:
         return self.segment_ids.count(int(segment))
 
@@ -56,6 +52,64 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kw
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
     assert isinstance(text, str)
     return text
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any
+) -> tuple[list[str], list[str]]:
+    """What the chat template puts around the contents ``[n + 1]``, and the contents ``[n]``.
+
+    Contents come as the template shows them, which may trim them. They are placed by rendering
+    marks in their stead: looking for a content would find the word ``user`` in a header.
+
+    Raises:
+        ValueError: the chat template drops, reorders or rewrites a message.
+    """
+    # A template that trims takes the vertical tabs away.
+    marks = [{**m, "content": f"\v\0{i}\0\v"} for i, m in enumerate(messages)]
+    parts = re.split("(\v?)\0(\\d+)\0(\v?)", render(tokenizer, marks, **kwargs))
+    frames, contents = parts[::4], []
+    text = render(tokenizer, messages, **kwargs)
+    position = 0
+    for index, message in enumerate(messages):
+        left, found, right = parts[4 * index + 1 : 4 * index + 4] or ("", "", "")
+        content = message["content"]
+        content = content if left else content.lstrip()
+        content = content if right else content.rstrip()
+        contents.append(content)
+        position += len(frames[index]) if found else 0
+        if found != str(index) or not text.startswith(content, position):
+            raise ValueError(
+                f"messages[{index}]: the chat template of {tokenizer.name_or_path!r} does not "
+                f"reproduce its content {content[:60]!r}; expected it verbatim"
+            )
+        position += len(content)
+    shown = [piece for pair in zip(frames, [*contents, ""], strict=False) for piece in pair]
+    if len(frames) != len(contents) + 1 or "".join(shown) != text:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} repeats a message or depends on its "
+            "content; expected each message once"
+        )
+    return frames, contents
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, frame: str) -> str:
+    """The special token that closes an assistant turn, and white space before it.
+
+    Raises:
+        ValueError: none does, so that a model could not learn to stop.
+    """
+    special = sorted(
+        (t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len
+    )
+    gap = len(frame) - len(frame.lstrip())
+    for token in reversed(special):
+        if frame.startswith(token, gap):
+            return frame[: gap + len(token)]
+    raise ValueError(
+        f"the chat template of {tokenizer.name_or_path!r} does not close an assistant turn with a "
+        f"special token; it goes on with {frame[:40]!r}"
+    )
 
 
 def tokenize_conversation(
@@ -74,34 +128,30 @@ def tokenize_conversation(
     The end-of-turn token behind a trained turn belongs to it: a model must learn to stop.
 
     Raises:
-        ValueError: the chat template drops or rewrites a message, so that its span cannot be found.
+        ValueError: the chat template drops or rewrites a message, so that its span cannot be found,
+            or does not close assistant turns.
     """
-    text = render(tokenizer, messages)
+    frames, contents = _rendered(tokenizer, messages)
+    text = frames[0]
     kinds = bytearray(len(text))  # Segment.CONTEXT == 0
-    specials = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
-    cursor, acted = 0, False
-    for index, message in enumerate(messages):
-        content = message["content"].strip()
-        start = text.find(content, cursor)
-        if start < 0:
-            raise ValueError(
-                f"messages[{index}]: the chat template of {tokenizer.name_or_path!r} does not "
-                f"reproduce its content {content[:60]!r}; expected it verbatim"
-            )
-        end = cursor = start + len(content)
+    closings: dict[str, int] = {}
+    acted = False
+    for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
+        frame = frames[index + 1]
+        body, tail = bytearray(len(content)), bytearray(len(frame))
         if message["role"] == "assistant":
             acted = True
-            if trained_turns is not None and index not in trained_turns:
-                continue
-            stop = next((s for s in specials if text.startswith(s, end)), "")
-            cursor = end + len(stop)
-            kinds[start:cursor] = bytes([Segment.ACTION]) * (cursor - start)
-            span = reflection_span(content)
-            if span is not None:
-                a, b = start + span[0], start + span[1]
-                kinds[a:b] = bytes([Segment.REFLECTION]) * (b - a)
+            if trained_turns is None or index in trained_turns:
+                body = bytearray([Segment.ACTION]) * len(content)
+                start, stop = reflection_span(content) or (0, 0)
+                body[start:stop] = bytes([Segment.REFLECTION]) * (stop - start)
+                if frame not in closings:
+                    closings[frame] = len(_end_of_turn(tokenizer, frame))
+                tail[: closings[frame]] = bytes([Segment.ACTION]) * closings[frame]
         elif acted:
-            kinds[start:end] = bytes([Segment.OBSERVATION]) * (end - start)
+            body = bytearray([Segment.OBSERVATION]) * len(content)
+        text += content + frame
+        kinds += body + tail
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     trajectory = TokenizedTrajectory()
     trajectory.input_ids = list(encoded["input_ids"])
@@ -114,44 +164,40 @@ class ChatFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        probe = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
-        reply = render(tokenizer, probe)
-        follow = render(
-            tokenizer, [*probe, {"role": "user", "content": "\0"}], add_generation_prompt=True
-        )
-        end = tokenizer.eos_token
-        stop = reply.find(end, reply.rfind("A") + 1) if end else -1
-        if stop < 0 or not follow.startswith(reply[: stop + len(end)]):
-            raise ValueError(
-                f"the chat template of {tokenizer.name_or_path!r} does not close an assistant turn "
-                f"with eos_token {end!r}; expected ...A{end}..."
-            )
-        self._before, self._after = follow[stop + len(end) :].split("\0")
-        self.end_id: int = tokenizer.eos_token_id
+        probe = [{"role": role, "content": " A "} for role in ("user", "assistant", "user")]
+        frames, contents = _rendered(tokenizer, probe, add_generation_prompt=True)
+        closing = _end_of_turn(tokenizer, frames[2])
+        self.end_id = tokenizer.get_vocab()[closing.lstrip()]
+        self._before, self._after = frames[2][len(closing) :], frames[3]
+        self._trims = contents[2] == "A"
         self._pieces: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _piece(self, token: int) -> str:
-        if token not in self._pieces:
-            self._pieces[token] = str(self.tokenizer.decode([token]))
-        return self._pieces[token]
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def segment(self, ids: Sequence[int], forced: str = "") -> tuple[str, list[int]]:
         """A sampled turn's text, with what was ``forced`` before it, and each token's segment id.
 
-        A token belongs to the segment in which its first character stands: the reflection block is
-        REFLECTION, everything else ACTION.
+        The text is all that was sampled but the end-of-turn token. A token belongs to the segment
+        in which its first character stands: the reflection block is REFLECTION, everything else
+        ACTION.
         """
-        pieces = [self._piece(i) for i in ids]
+        body = ids[:-1] if ids and ids[-1] == self.end_id else ids
+        for token in body:
+            if token not in self._pieces:
+                self._pieces[token] = self._decode([token])
+        pieces = [self._pieces[token] for token in body]
         start, stop = reflection_span(forced + "".join(pieces)) or (0, 0)
         segments, position = [], len(forced)
         for piece in pieces:
             inside = start <= position < stop
             segments.append(int(Segment.REFLECTION if inside else Segment.ACTION))
             position += len(piece)
-        return forced + str(self.tokenizer.decode(list(ids), skip_special_tokens=True)), segments
+        segments += [int(Segment.ACTION)] * (len(ids) - len(body))
+        return forced + self._decode(body), segments
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens up to where the assistant speaks."""
@@ -159,4 +205,5 @@ class ChatFormat:
 
     def observation(self, content: str) -> list[int]:
         """Tokens from behind an assistant's end-of-turn token to where it speaks again."""
-        return self.encode(self._before + content + self._after)
+        shown = content.strip() if self._trims else content
+        return self.encode(self._before + shown + self._after)
