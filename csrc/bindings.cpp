@@ -57,7 +57,8 @@ void run_token_log_probs(int dtype, RowsTuple logits, int64_t rows, int64_t voca
   if (stream) return check(cuda::token_log_probs(args, ptr<void>(*stream)), "token_log_probs");
 #endif
   if (stream) throw std::runtime_error("token_log_probs: the CUDA kernels are not compiled");
-  check(cpu::token_log_probs(args, num_threads, isa_code(isa)), "token_log_probs", args.labels, args.bad_row, vocab);
+  const int status = cpu::token_log_probs(args, num_threads, isa_code(isa));  // sets bad_row, so on its own
+  check(status, "token_log_probs", args.labels, args.bad_row, vocab);
 }
 
 void run_token_log_probs_backward(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels,
@@ -111,7 +112,8 @@ void run_grpo_loss(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uin
   if (stream) return check(cuda::grpo_loss(args, ptr<void>(*stream)), "grpo_loss");
 #endif
   if (stream) throw std::runtime_error("grpo_loss: the CUDA kernels are not compiled");
-  check(cpu::grpo_loss(args, num_threads, isa_code(isa)), "grpo_loss", args.labels, args.bad_row, vocab);
+  const int status = cpu::grpo_loss(args, num_threads, isa_code(isa));
+  check(status, "grpo_loss", args.labels, args.bad_row, vocab);
 }
 
 void run_group_advantages(int64_t sequences, uintptr_t rewards, uintptr_t group_ids, int64_t group_size, int baseline,

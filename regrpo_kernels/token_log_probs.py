@@ -55,17 +55,15 @@ def token_log_probs_reference(
     kept = labels != IGNORE_INDEX
     # a skipped row may hold anything, NaN included
     z = scaled_logits(torch.where(kept.unsqueeze(-1), logits, 0.0), temperature, softcap)
-    lse = torch.logsumexp(z, dim=-1)
+    log_p = torch.log_softmax(z, dim=-1)
     index = labels.masked_fill(~kept, 0).unsqueeze(-1)
-    log_probs = z.gather(-1, index).squeeze(-1) - lse
+    log_probs = log_p.gather(-1, index).squeeze(-1)
+    lse = torch.logsumexp(z.detach(), dim=-1)
     entropy = None
     if return_entropy:
-        p = torch.exp(z - lse.unsqueeze(-1))
-        finite = z.masked_fill(z == -torch.inf, 0.0)  # 0 * -inf: probability 0 adds nothing
-        entropy = (lse - (p * finite).sum(-1)).masked_fill(~kept, 0.0)
-    return TokenLogProbs(
-        log_probs.masked_fill(~kept, 0.0), lse.detach().masked_fill(~kept, 0.0), entropy
-    )
+        finite = log_p.masked_fill(log_p == -torch.inf, 0.0)  # probability 0 adds nothing
+        entropy = -(log_p.exp() * finite).sum(-1).masked_fill(~kept, 0.0)
+    return TokenLogProbs(log_probs.masked_fill(~kept, 0.0), lse.masked_fill(~kept, 0.0), entropy)
 
 
 library.define(

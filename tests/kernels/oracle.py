@@ -1,0 +1,78 @@
+"""fp64 oracles, written from the formulas and without any code of the package."""
+
+import torch
+
+# Rounding of a stored gradient, relative. Triton's interpreter truncates bf16 where a GPU rounds.
+GRADIENT_RTOL = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def log_probs64(logits, labels, temperature=1.0, softcap=None):
+    """`(log_probs, lse, entropy)` in fp64, differentiable; labels must be valid."""
+    z = logits.double()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    lse = torch.logsumexp(z, -1)
+    p = torch.softmax(z, -1)
+    entropy = lse - torch.where(p > 0, p * z, 0.0).sum(-1)
+    return z.gather(-1, labels[..., None])[..., 0] - lse, lse, entropy
+
+
+def token_loss64(log_probs, advantages, old=None, ref=None, **o):
+    """One loss a token, by the table in the documentation of the objective."""
+    policy, low, high = o.get("policy", "clip"), o.get("epsilon_low", 0.2), o.get("epsilon_high", 0.2)
+    old = log_probs.detach() if old is None else old.double()
+    ratio = (log_probs - old).clamp(-20, 20).exp()
+    clipped = ratio.clamp(1 - low, 1 + high)
+    a = None if advantages is None else advantages.double()
+    if policy == "clip":
+        cap = o.get("delta") or float("inf")
+        loss = -torch.minimum(ratio.clamp(max=cap) * a, clipped * a)
+    elif policy == "cispo":
+        loss = -clipped.detach() * a * log_probs
+    elif policy == "sapo":
+        tau = torch.where(a > 0, o.get("sapo_tau_pos", 1.0), o.get("sapo_tau_neg", 1.05))
+        loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * a
+    elif policy == "reinforce":
+        loss = -a * log_probs
+    else:
+        loss = -log_probs
+    if ref is not None and o.get("beta", 0.0):
+        x = ref.double() - log_probs
+        kl = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - x - 1}[o.get("kl_estimator", "k3")]
+        if o.get("kl_estimator") == "k1":
+            kl = x**2 / 2 + (kl - x**2 / 2).detach()
+        loss = loss + o["beta"] * kl
+    return loss
+
+
+def grpo_loss64(logits, labels, weights, advantages=None, old=None, ref=None, **o):
+    """`(loss, gradient of the logits)` in fp64; rows of weight 0 are left out before anything."""
+    kept = weights != 0
+    x = logits.detach().double().requires_grad_()
+    rows = x[kept]
+    pick = [None if t is None else t[kept] for t in (advantages, old, ref)]
+    log_probs, _, entropy = log_probs64(
+        rows, labels[kept], o.get("temperature", 1.0), o.get("softcap")
+    )
+    token = token_loss64(log_probs, *pick, **o) - o.get("entropy_coef", 0.0) * entropy
+    loss = (token * weights[kept].double()).sum()
+    if loss.requires_grad:
+        loss.backward()
+    return loss.detach(), torch.zeros_like(x) if x.grad is None else x.grad
+
+
+def assert_gradient(ours, exact, dtype, atol=0.0):
+    """Relative to each element's rounding, plus a floor: `atol`, and 1e-6 of the row's largest."""
+    assert ours.dtype == dtype
+    if exact.numel() == 0:
+        return
+    scale = exact.abs().amax(-1, keepdim=True)
+    error = (ours.cpu().double() - exact).abs()
+    # 6e-8: half a step of fp16 subnormals
+    bound = GRADIENT_RTOL[dtype] * exact.abs() + 1e-6 * scale + atol
+    bound += 6e-8 if dtype == torch.float16 else 0.0
+    worst = (error - bound).flatten().argmax()
+    assert (error <= bound).all(), (
+        f"error {error.flatten()[worst]:.3g}, allowed {bound.flatten()[worst]:.3g}"
+    )
