@@ -40,6 +40,8 @@ def _varlen_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed sequence; query [1, heads, T, D] -> [1, T, heads, D].
@@ -47,6 +49,10 @@ def _varlen_attention(
     Sequences are laid side by side as [B, heads, max_length, D]: memory and time grow with the
     longest sequence, never with T x T.
     """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__}: softcap={softcap} or attention sinks; expected neither"
+        )
     if sliding_window is not None and sliding_window < max_length_q:
         raise NotImplementedError(
             f"sliding_window={sliding_window} with a sequence of {max_length_q} tokens; expected "
@@ -106,24 +112,29 @@ def load_model(
     Args:
         name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its
             base.
-        lora_rank: 0 trains all weights.
+        lora_rank: 0 trains all weights; of an adapter that is loaded, the adapter.
 
     Raises:
-        NotImplementedError: the model changes its logits behind the head in a way the loss does not
-            know yet.
+        NotImplementedError: the model changes its logits behind the head, or mixes tokens in
+            another way than by attention that can be packed.
+        ValueError: ``lora_rank`` is not that of the adapter.
     """
     if (Path(name_or_path) / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(
+        adapted = AutoPeftModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, is_trainable=True
         )
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(model.config, field, None) not in (None, 1, 1.0):
-            raise NotImplementedError(
-                f"{name_or_path}: config.{field}={getattr(model.config, field)}; expected none"
+        _require_supported(base_model(adapted))
+        rank = adapted.active_peft_config.r
+        if lora_rank not in (0, rank):
+            raise ValueError(
+                f"lora_rank is {lora_rank}, but {name_or_path} holds an adapter of rank {rank}; "
+                "expected the same, or 0"
             )
+        return adapted
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    _require_supported(model)
     if lora_rank == 0:
         return model
     lora = LoraConfig(
@@ -133,6 +144,24 @@ def load_model(
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def _require_supported(model: PreTrainedModel) -> None:
+    name, config = model.name_or_path, model.config
+    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, field, None) not in (None, 1):
+            raise NotImplementedError(
+                f"{name}: config.{field}={getattr(config, field)}; expected none"
+            )
+    # Other layers would let packed sequences see each other, without an error.
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = layers - {"full_attention", "sliding_attention"}
+    if other or not model._supports_attention_backend:
+        what = ", ".join(sorted(other)) or "its own attention"
+        raise NotImplementedError(
+            f"{name}: {type(model).__name__} has {what}; "
+            "expected attention through transformers' AttentionInterface in every layer"
+        )
 
 
 def base_model(model: CausalLM) -> PreTrainedModel:
