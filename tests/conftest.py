@@ -9,23 +9,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is first imported
 
 
-WHERE = [("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu")]
-if torch.cuda.is_available():
-    WHERE = [*WHERE[:2], ("reference", "cuda"), ("triton", "cuda"), ("cuda", "cuda")]
-
-
-@pytest.fixture(
-    scope="session",
-    params=[
-        pytest.param(where, id="-".join(where), marks=pytest.mark.gpu if "cuda" in where else ())
-        for where in WHERE
-    ],
-)
-def where(request):
-    """`(impl, device)`, one after the other: every implementation that this machine can run."""
-    return request.param
-
-
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """`torch.empty` and its kin return NaN or the largest integer: unwritten outputs show."""

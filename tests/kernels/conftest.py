@@ -43,8 +43,18 @@ def implementation(request):
 
 
 @pytest.fixture(
-    params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+    scope="session",
+    params=[
+        pytest.param(where, id="-".join(where), marks=pytest.mark.gpu if "cuda" in where else ())
+        for where in dict.fromkeys((i.impl, i.device) for i in IMPLEMENTATIONS)
+    ],
 )
+def where(request):
+    """`(impl, device)` of the ops that have one C++ kernel for all instruction sets."""
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def dtype(request):
     return request.param
 
