@@ -7,18 +7,16 @@ near-miss that was executed already. With ``reflect=False`` the same loop is GRP
 retries.
 
 Deviations from the official release: it samples nothing and clips nothing; here old log-probs come
-from the sampler, the reference is the model before the run (the adapter off, or a frozen copy for
-full weights).
+from the sampler, and the reference is the model before the run (of a new adapter: the adapter off).
 """
 
-import copy
+import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from peft import PeftModel
 from rich.progress import Progress
 
 from regrpo.config import TrainConfig
@@ -91,13 +89,12 @@ def rollout_metrics(
     }
 
 
-def split(trajectories: Sequence[Trajectory], batch_tokens: int) -> list[list[int]]:
-    """Optimizer steps of about equal size, of at most ``batch_tokens`` tokens each."""
-    return best_fit_decreasing([len(t.tokens) for t in trajectories], batch_tokens)
-
-
 class Learner:
-    """The model with its reference, and the clipped update."""
+    """The model with its reference, and the clipped update.
+
+    The reference is kept as the trained parameters at the time of construction: all of a model, or
+    an adapter's (which need not have started as zero), and never a second model.
+    """
 
     def __init__(self, model: CausalLM, config: TrainConfig):
         self.model = model
@@ -110,20 +107,30 @@ class Learner:
             kl_estimator=config.kl_estimator,
             temperature=config.temperature,
             loss_agg_mode=config.loss_agg_mode,
+            max_completion_length=2 * config.max_new_tokens,  # two turns
         )
-        self.reference: CausalLM | None = None
-        if config.beta > 0 and not isinstance(model, PeftModel):
-            self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+        self._start: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        if config.beta > 0:
+            trained = (p for p in model.parameters() if p.requires_grad)
+            self._start = [(p, p.detach().clone()) for p in trained]
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[None]:
+        now = [(p, p.data) for p, _ in self._start]
+        try:
+            for parameter, data in self._start:
+                parameter.data = data
+            yield
+        finally:
+            for parameter, data in now:
+                parameter.data = data
 
     @torch.no_grad()
     def reference_log_probs(self, batch: PackedBatch) -> torch.Tensor | None:
+        """Log-probabilities [T] under the reference; None where no KL is asked for."""
         if self.config.beta == 0:
             return None
-        if self.reference is not None:
-            hidden = hidden_states(self.reference, batch)
-            return packed_log_probs(hidden, *head(self.reference), batch, self.config.temperature)
-        assert isinstance(self.model, PeftModel)
-        with self.model.disable_adapter():
+        with self._reference():
             hidden = hidden_states(self.model, batch)
             return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
 
@@ -138,6 +145,7 @@ class Learner:
 def run_rl(config: TrainConfig, environment: Environment, progress: Progress | None = None) -> str:
     """Trains, resuming a former run of the same configuration; returns the model's folder."""
     tokenizer = load_tokenizer(config.model)
+    torch.manual_seed(config.seed)  # a new adapter is drawn
     lora = config.lora
     model = load_model(
         config.model, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets
@@ -146,7 +154,7 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
     policy = LocalPolicy(
         model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens
     )
-    model.train()
+    model.eval()  # with dropout the learner would not be the policy that sampled
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as training:
         bar = (
             progress.add_task("train", total=config.steps, completed=training.step)
@@ -179,18 +187,24 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
     metrics = rollout_metrics(trajectories, result, config.group_size)
     starts = full.cu_seqlens.tolist()
     packs = []
-    for indices in split(trajectories, config.batch_tokens):
+    for indices in best_fit_decreasing([len(t) for t in tokens], config.batch_tokens):
         batch = collate([tokens[i] for i in indices], with_old_log_probs=True)
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
         batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
         packs.append(replace(batch, ref_log_probs=learner.reference_log_probs(batch)))
-    count = float(result.loss_mask.sum())
+    count = float(full.loss_mask.sum())
+    # What the mean is over, in the whole update: its packs add up to the same gradient.
+    normalizer = count if config.loss_agg_mode == "token-mean" else float(len(trajectories))
     for _ in range(config.epochs):
-        parts = [learner.backward(batch, count) for batch in packs]
+        parts = [learner.backward(batch, normalizer) for batch in packs]
         metrics["grad_norm"] = training.update()
     metrics["loss"] = sum(part.pop("loss") for part in parts)
     shares = [float(batch.loss_mask.sum()) / count for batch in packs]
     for name in parts[0]:
-        metrics[name] = sum(p[name] * s for p, s in zip(parts, shares, strict=True))
+        values = [part[name] for part in parts]
+        if name.endswith(("/min", "/max")):
+            metrics[name] = min(values) if name.endswith("/min") else max(values)
+        else:
+            metrics[name] = sum(v * s for v, s in zip(values, shares, strict=True))
     metrics["lr"] = training.lr
     return metrics

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import torch
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
@@ -101,6 +102,7 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
     """Trains, resuming a former run of the same configuration; returns the model's folder."""
     tokenizer = load_tokenizer(config.model)
     trajectories, skipped = load_trajectories(tokenizer, config.data, config.max_length)
+    torch.manual_seed(config.seed)  # a new adapter is drawn, and dropout
     lora = config.lora
     model = load_model(
         config.model, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets

@@ -5,7 +5,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,8 @@ class Run:
         path = self.out / "config.json"
         text = json.dumps(config, indent=2) + "\n"
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            now = json.loads(text)
+            before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))))
+            now = dict(_flat(json.loads(text)))
             keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
             raise RunError(
                 f"{self.out} holds a run with another configuration (differs in: "
@@ -110,8 +110,11 @@ class Run:
         if not found:
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
             return
-        state = torch.load(found[-1] / "state.pt", weights_only=False)
-        self.model.load_state_dict(state["model"], strict=False)
+        state = torch.load(found[-1] / "state.pt", weights_only=True)
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, value in state["model"].items():
+                trained[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
         random.setstate(state["python_rng"])
@@ -164,11 +167,11 @@ class Run:
         partial = final.with_name(f".{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         torch.save(
             {
                 "step": self.step,
-                "model": {k: v for k, v in self.model.state_dict().items() if k in trained},
+                "model": {name: p.detach() for name, p in trained.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "torch_rng": torch.get_rng_state(),
                 "python_rng": random.getstate(),
@@ -204,5 +207,14 @@ def _step_of(line: str) -> int:
     """The step of a metrics line; a torn last line counts as not written."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return 1 << 62
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys as ``optim.lr``."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
