@@ -144,7 +144,8 @@ _ARGUMENTS = (
     "Tensor? ref_log_probs, str policy, str kl_estimator, float[] options"
 )
 library.define(
-    f"grpo_loss(Tensor logits, {_ARGUMENTS}, bool needs_gradient, str impl) "
+    # consume: backward may overwrite dlogits, which the caller must then leave alone
+    f"grpo_loss(Tensor logits, {_ARGUMENTS}, bool needs_gradient, bool consume, str impl) "
     "-> (Tensor loss, Tensor stats, Tensor dlogits)"
 )
 library.define(
@@ -225,7 +226,7 @@ def _launch(
 
 
 def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, needs_gradient, impl = arguments
+    *arguments, needs_gradient, _, impl = arguments
     dlogits = _gradient_buffer(logits, needs_gradient)
     loss, stats = _launch(logits, *arguments, dlogits if needs_gradient else None, impl)
     return loss, stats, dlogits
@@ -266,7 +267,7 @@ def _fake_outputs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("regrpo_kernels::grpo_loss", lib=library)
 def _(logits, labels, *arguments):
-    return *_fake_outputs(logits, labels), _gradient_buffer(logits, arguments[-2])
+    return *_fake_outputs(logits, labels), _gradient_buffer(logits, arguments[-3])
 
 
 @torch.library.register_fake("regrpo_kernels::grpo_loss_", lib=library)
@@ -287,7 +288,7 @@ _USED = (
 
 def _setup_context(ctx, inputs, output):
     _, stats, ctx.dlogits = output
-    ctx.impl = inputs[-1]
+    *_, ctx.consume, ctx.impl = inputs
     ctx.mark_non_differentiable(stats, ctx.dlogits)
     # otherwise backward is handed zeros the size of the logits as the gradient of dlogits
     ctx.set_materialize_grads(False)
@@ -300,14 +301,15 @@ def _backward(ctx, dloss, dstats, ddlogits):
     # given away, so that autograd can keep it as the .grad of a leaf without a copy; not while the
     # graph is kept for another backward, nor while a compiler traces
     if (
-        type(dlogits) is not Tensor
-        or torch._C._autograd._get_current_graph_task_keep_graph()
+        ctx.consume
+        and type(dlogits) is Tensor
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
     ):
-        dlogits = dlogits.clone()
-    else:
         ctx.dlogits = None
+    else:
+        dlogits = dlogits.clone()
     torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
-    return dlogits, *[None] * 11
+    return dlogits, *[None] * 12
 
 
 torch.library.register_autograd(
@@ -459,7 +461,7 @@ def grpo_loss(
             loss, stats = _InplaceGrpoLoss.apply(logits, *arguments, chosen)
         else:
             loss, stats, _ = torch.ops.regrpo_kernels.grpo_loss(
-                logits, *arguments, needs_gradient, chosen
+                logits, *arguments, needs_gradient, True, chosen
             )
     return _output(loss, stats, mask, ref_log_probs is not None)
 

@@ -20,7 +20,11 @@ def log_probs64(logits, labels, temperature=1.0, softcap=None):
 
 def token_loss64(log_probs, advantages, old=None, ref=None, **o):
     """One loss a token, by the table in the documentation of the objective."""
-    policy, low, high = o.get("policy", "clip"), o.get("epsilon_low", 0.2), o.get("epsilon_high", 0.2)
+    policy, low, high = (
+        o.get("policy", "clip"),
+        o.get("epsilon_low", 0.2),
+        o.get("epsilon_high", 0.2),
+    )
     old = log_probs.detach() if old is None else old.double()
     ratio = (log_probs - old).clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - low, 1 + high)

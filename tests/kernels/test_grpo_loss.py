@@ -295,6 +295,8 @@ def test_metrics(implementation):
     }
     for name, value in expected.items():
         assert out.metrics[name].dim() == 0
-        assert out.metrics[name].item() == pytest.approx(value[mask].double().mean().item(), rel=1e-5)
+        assert out.metrics[name].item() == pytest.approx(
+            value[mask].double().mean().item(), rel=1e-5
+        )
     assert out.metrics["ratio/min"].item() == pytest.approx(ratio[mask].min().item(), rel=1e-5)
     assert out.metrics["ratio/max"].item() == pytest.approx(ratio[mask].max().item(), rel=1e-5)

@@ -92,9 +92,7 @@ def test_packed_equals_padded_equals_one_by_one(implementation, mode):
         one = {k: v[rows] for k, v in batch.items() if k not in ("advantages", "cu_seqlens")}
         one["advantages"] = batch["advantages"][i : i + 1]
         one["cu_seqlens"] = torch.tensor([0, length])
-        part, part_gradient = run(
-            implementation, **one, objective=objective, normalizer=normalizer
-        )
+        part, part_gradient = run(implementation, **one, objective=objective, normalizer=normalizer)
         total = total + part.loss.detach()
         parts.append(part_gradient)
     torch.testing.assert_close(total, out.loss.detach())
@@ -113,9 +111,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(cuts, mode):
     total, parts = 0.0, []
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         piece = {k: v[begin:end] for k, v in batch.items()}
-        part, part_gradient = run(
-            cpu, **piece, objective=objective_of(mode), normalizer=normalizer
-        )
+        part, part_gradient = run(cpu, **piece, objective=objective_of(mode), normalizer=normalizer)
         total = total + part.loss.detach()
         parts.append(part_gradient)
     torch.testing.assert_close(total, out.loss.detach())
@@ -133,9 +129,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(cuts, mode):
     entropy_coef=st.sampled_from([0.0, 0.05]),
     inplace=st.booleans(),
 )
-def test_random_cases_match_fp64(
-    tokens, vocab, seed, spread, policy, beta, entropy_coef, inplace
-):
+def test_random_cases_match_fp64(tokens, vocab, seed, spread, policy, beta, entropy_coef, inplace):
     torch.manual_seed(seed)
     options = {"policy": policy, "beta": beta, "entropy_coef": entropy_coef}
     batch = make_batch(tokens, vocab, spread=spread)

@@ -17,9 +17,7 @@ def test_forward_and_gradient_match_fp64(implementation, dtype, shape, poisoned_
     exact = logits.double().requires_grad_()
     expected = log_probs64(exact, labels, temperature=0.7)
     x = logits.to(device).requires_grad_()
-    out = token_log_probs(
-        x, labels.to(device), temperature=0.7, return_entropy=True, impl=impl
-    )
+    out = token_log_probs(x, labels.to(device), temperature=0.7, return_entropy=True, impl=impl)
     # the reference sums 150,000 entropy terms in fp32 without blocks
     atol = 2e-5 if impl == "reference" else 3e-6
     for ours, theirs in zip(out, expected, strict=True):
