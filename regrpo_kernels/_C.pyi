@@ -1,0 +1,6 @@
+"""The compiled module, for type checkers; `csrc/bindings.cpp` names the kernels' arguments."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def __getattr__(name: str) -> Any: ...
