@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -117,7 +116,6 @@ class Run:
                 trained[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
-        random.setstate(state["python_rng"])
         self.step = state["step"]
         # Steps behind the checkpoint are done again; their metrics come again with them.
         path = self.out / "metrics.jsonl"
@@ -174,7 +172,6 @@ class Run:
                 "model": {name: p.detach() for name, p in trained.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "torch_rng": torch.get_rng_state(),
-                "python_rng": random.getstate(),
             },
             partial / "state.pt",
         )
