@@ -22,13 +22,12 @@ def record():
 def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
-    best = {
-        (r["op"], r["shape"], r["dtype"], r["provider"]): r["seconds"] for r in ROWS
-    }
+    best = {(r["op"], r["shape"], r["dtype"], r["provider"]): r["seconds"] for r in ROWS}
     write = terminalreporter.write_line
     write("")
     write(
-        f"device {ROWS[0]['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"device {ROWS[0]['device']}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; "
         "best of the rounds; GB/s counts one read of the logits (token_log_probs) or one read and "
         "one write (grpo_loss, copy)"
     )

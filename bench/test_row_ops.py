@@ -1,11 +1,12 @@
-"""token_log_probs and grpo_loss (forward and backward) against eager PyTorch and torch.compile of it.
+"""token_log_probs and grpo_loss (forward and backward) against eager PyTorch and torch.compile of
+it.
 
     pytest bench/                       all
     pytest bench/ -k "grpo and 151936"  a part
 
-Each measurement is the best of a few rounds, on the same data; what is restored between rounds is not
-timed. Measure on a quiet machine: two spinning OpenMP threads that share their cores with another
-process run several times slower.
+Each measurement is the best of a few rounds, on the same data; what is restored between rounds is
+not timed. Measure on a quiet machine: two spinning OpenMP threads that share their cores with
+another process run several times slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Fused kernels for reinforcement learning on language models, over packed variable-length sequences."""
+"""Fused kernels for reinforcement learning on language models, over packed variable-length
+sequences.
+"""
 
 from regrpo_kernels._info import build_info
 from regrpo_kernels._library import force_isa

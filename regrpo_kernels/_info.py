@@ -11,7 +11,9 @@ from regrpo_kernels._library import HAS_TRITON, choose_impl, compiled, triton_in
 
 
 def build_info() -> dict[str, Any]:
-    """Version, CPU instruction sets, CUDA architectures, Triton version, and the default implementations."""
+    """Version, CPU instruction sets, CUDA architectures, Triton version, and the default
+    implementations.
+    """
     info = compiled().build_info()
     devices = {}
     for device in ("cpu", "cuda"):

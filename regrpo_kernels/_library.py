@@ -1,4 +1,6 @@
-"""What every op file shares: the torch.library fragment, the compiled module, and the choice of implementation."""
+"""What every op file shares: the torch.library fragment, the compiled module, and the choice of
+implementation.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def rows(tensor: Tensor) -> tuple[int, int, int, int]:
-    """`(pointer, inner, outer stride, inner stride)` of the rows of a `[T, V]` or `[B, L, V]` tensor."""
+    """`(pointer, inner, outer stride, inner stride)` of the rows of a `[T, V]` or `[B, L, V]`
+    tensor.
+    """
     if tensor.dim() == 2:
         return tensor.data_ptr(), max(tensor.shape[0], 1), 0, tensor.stride(0)
     return tensor.data_ptr(), max(tensor.shape[1], 1), tensor.stride(0), tensor.stride(1)
@@ -100,7 +104,9 @@ _isa = "auto"
 
 @contextmanager
 def force_isa(isa: str) -> Iterator[None]:
-    """Run the CPU kernels with one of `build_info()["cpu_isas_usable"]`; for tests and benchmarks."""
+    """Run the CPU kernels with one of `build_info()["cpu_isas_usable"]`; for tests and
+    benchmarks.
+    """
     global _isa
     usable = _C.build_info()["cpu_isas_usable"]
     if isa not in usable:
@@ -113,7 +119,9 @@ def force_isa(isa: str) -> Iterator[None]:
 
 
 def launch(tensor: Tensor) -> dict[str, Any]:
-    """Where a compiled kernel runs: the stream of a CUDA tensor, or threads and instruction set on CPU."""
+    """Where a compiled kernel runs: the stream of a CUDA tensor, or threads and instruction set on
+    CPU.
+    """
     if tensor.device.type == "cuda":
         return {"stream": torch.cuda.current_stream(tensor.device).cuda_stream}
     return {"stream": None, "num_threads": torch.get_num_threads(), "isa": _isa}
@@ -124,7 +132,7 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
-# --- argument checks ------------------------------------------------------------------------------------------
+# --- argument checks ------------------------------------------------------------------------------
 
 
 def check_logits(logits: Tensor, labels: Tensor, reference: bool = False) -> None:

@@ -2,10 +2,13 @@
 
 The gradient of a token-level objective is known as soon as its row's log-prob is,
 
-    d loss / d logits[t, v] = w_t * (d loss_t / d log_prob_t) * (1[v = label_t] - p_tv) / temperature,
+    d loss / d logits[t, v] = w_t * (d loss_t / d log_prob_t) * (1[v = label_t] - p_tv) /
+    temperature,
 
-so forward computes it while the row is still in cache: one read and one write of the logits, where eager PyTorch
-makes about ten passes over fp32 copies. `inplace=True` writes it over the logits and needs no `[T, V]` memory at all.
+so forward computes it while the row is still in cache: one read and one write of the logits, where
+    eager PyTorch
+makes about ten passes over fp32 copies. `inplace=True` writes it over the logits and needs no `[T,
+V]` memory at all.
 """
 
 from __future__ import annotations
@@ -62,7 +65,9 @@ def grpo_loss_reference(
     ref_log_probs: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """The readable specification: `(loss, stats [8, ...])`, differentiated by autograd. fp64 works too."""
+    """The readable specification: `(loss, stats [8, ...])`, differentiated by autograd. fp64 works
+    too.
+    """
     rows = token_log_probs_reference(
         logits,
         labels.masked_fill(~mask, IGNORE_INDEX),
@@ -72,11 +77,11 @@ def grpo_loss_reference(
     )
     assert rows.entropy is not None
     # masked entries of the per-token inputs may hold anything as well
-    inputs = [
+    old, ref, token_advantages = [
         None if x is None else x.to(rows.log_probs.dtype).masked_fill(~mask, 0.0)
         for x in (old_log_probs, ref_log_probs, advantages)
     ]
-    token = token_objective(rows.log_probs, *inputs, objective)
+    token = token_objective(rows.log_probs, old, ref, token_advantages, objective)
     loss = token.loss
     if objective.entropy_coef != 0:
         loss = loss - objective.entropy_coef * rows.entropy
@@ -137,7 +142,7 @@ def loss_weights(
     return m / ((counts > 0).sum().clamp(min=1) if normalizer is None else normalizer)
 
 
-# --- the op -----------------------------------------------------------------------------------------------------
+# --- the op ---------------------------------------------------------------------------------------
 
 _ARGUMENTS = (
     "Tensor labels, Tensor mask, Tensor weights, Tensor? advantages, Tensor? old_log_probs, "
@@ -172,6 +177,8 @@ def _options(objective: Objective) -> list[float]:
 
 def _launch(
     logits: Tensor,
+    dlogits: Tensor | None,
+    impl: str,
     labels: Tensor,
     mask: Tensor,
     weights: Tensor,
@@ -181,8 +188,6 @@ def _launch(
     policy: str,
     kl_estimator: str,
     options: list[float],
-    dlogits: Tensor | None,
-    impl: str,
 ) -> tuple[Tensor, Tensor]:
     stats = torch.empty((len(STATS), *labels.shape), dtype=torch.float32, device=logits.device)
     with device_guard(logits):
@@ -226,15 +231,15 @@ def _launch(
 
 
 def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, needs_gradient, _, impl = arguments
+    *tokens, needs_gradient, _, impl = arguments
     dlogits = _gradient_buffer(logits, needs_gradient)
-    loss, stats = _launch(logits, *arguments, dlogits if needs_gradient else None, impl)
+    loss, stats = _launch(logits, dlogits if needs_gradient else None, impl, *tokens)
     return loss, stats, dlogits
 
 
 def _grpo_loss_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *arguments, impl = arguments
-    return _launch(logits, *arguments, logits, impl)
+    *tokens, impl = arguments
+    return _launch(logits, logits, impl, *tokens)
 
 
 def _gradient_buffer(logits: Tensor, needs_gradient: bool) -> Tensor:
@@ -261,8 +266,8 @@ for _device in ("CPU", "CUDA"):
 
 
 def _fake_outputs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    fp32 = {"dtype": torch.float32, "device": logits.device}
-    return torch.empty((), **fp32), torch.empty((len(STATS), *labels.shape), **fp32)
+    loss = torch.empty((), dtype=torch.float32, device=logits.device)
+    return loss, loss.new_empty((len(STATS), *labels.shape))
 
 
 @torch.library.register_fake("regrpo_kernels::grpo_loss", lib=library)
@@ -318,7 +323,9 @@ torch.library.register_autograd(
 
 
 class _InplaceGrpoLoss(torch.autograd.Function):
-    """`grpo_loss_` overwrites the logits, and an op that mutates its input has no registered autograd."""
+    """`grpo_loss_` overwrites the logits, and an op that mutates its input has no registered
+    autograd.
+    """
 
     @staticmethod
     def forward(ctx, logits, *arguments):
@@ -338,7 +345,7 @@ class _InplaceGrpoLoss(torch.autograd.Function):
         return dlogits, *[None] * 10
 
 
-# --- the public function ----------------------------------------------------------------------------------------
+# --- the public function --------------------------------------------------------------------------
 
 
 def grpo_loss(
@@ -355,33 +362,36 @@ def grpo_loss(
     inplace: bool = False,
     impl: str | None = None,
 ) -> LossOutput:
-    """The clipped policy-gradient loss over a batch of completions, with its gradient computed in the same sweep.
+    """The clipped policy-gradient loss over a batch of completions, with its gradient computed in
+    the same sweep.
 
     Args:
-        logits: `[T, V]` (packed) or `[B, L, V]` (padded), fp32, bf16 or fp16; any strides with a contiguous last
-            dimension. Row t scores `labels[t]`: shift the labels, not the logits.
+        logits: `[T, V]` (packed) or `[B, L, V]` (padded), fp32, bf16 or fp16; any strides with a
+            contiguous last dimension. Row t scores `labels[t]`: shift the labels, not the logits.
         labels: int64 `[T]` or `[B, L]`; -100 masks the token.
         advantages: shaped like labels (per token) or `[B]` (per sequence); None for policy "nll".
-        old_log_probs, ref_log_probs: shaped like labels; the behaviour policy's (None: the current ones,
-            detached, so the ratio is 1) and the reference policy's (None: no KL).
-        loss_mask: shaped like labels, nonzero where the token is trained. Masked rows of the logits are never
-            read, and masked entries of the other inputs may hold anything.
-        cu_seqlens: int32 or int64 `[B + 1]`, where packed sequences start and end; needed by per-sequence advantages,
-            the "seq-mean-*" modes and sequence-level ratios over packed logits.
+        old_log_probs, ref_log_probs: shaped like labels; the behaviour policy's (None: the current
+            ones, detached, so the ratio is 1) and the reference policy's (None: no KL).
+        loss_mask: shaped like labels, nonzero where the token is trained. Masked rows of the logits
+            are never read, and masked entries of the other inputs may hold anything.
+        cu_seqlens: int32 or int64 `[B + 1]`, where packed sequences start and end; needed by
+            per-sequence advantages, the "seq-mean-*" modes and sequence-level ratios over packed
+            logits.
         objective: an `Objective`; None for its defaults.
-        normalizer: replaces the number of trained tokens ("token-mean") or of sequences ("seq-mean-*") that the
-            sum is divided by. Give the global count to split a batch into micro-batches or ranks.
-        inplace: write the gradient over the logits, which then hold no logits any more. They may be the output
-            of a layer, as long as its backward does not read that output (a linear head does not). Only takes
-            effect where the logits require a gradient.
+        normalizer: replaces the number of trained tokens ("token-mean") or of sequences
+            ("seq-mean-*") that the sum is divided by. Give the global count to split a batch into
+            micro-batches or ranks.
+        inplace: write the gradient over the logits, which then hold no logits any more. They may be
+            the output of a layer, as long as its backward does not read that output (a linear head
+            does not). Only takes effect where the logits require a gradient.
         impl: None (the best present), "reference", "cpu", "triton" or "cuda".
 
     Returns:
         `LossOutput`.
 
     Raises:
-        ValueError, TypeError: a bad shape, dtype, device or option, before anything is written; a label or
-            cu_seqlens out of range (on CPU, where checking costs no synchronisation).
+        ValueError, TypeError: a bad shape, dtype, device or option, before anything is written; a
+            label or cu_seqlens out of range (on CPU, where checking costs no synchronisation).
     """
     objective = Objective() if objective is None else objective
     chosen = choose_impl(impl, logits.device)

@@ -1,12 +1,14 @@
 """The per-token objective: `(log_prob, old, ref, advantage) -> loss`, and its options.
 
-The formulas live in three places that must agree: `token_objective` here (the readable specification),
+The formulas live in three places that must agree: `token_objective` here (the readable
+    specification),
 `csrc/objective.h` (C++ and CUDA) and `_token_objective` in `triton_rows.py`.
 
-Sources: GRPO (arXiv 2402.03300, eq. 3-4), DAPO (arXiv 2503.14476: the two clip bounds and the token mean),
-Dr. GRPO (arXiv 2503.20783: a constant length), CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347), GSPO
-(arXiv 2507.18071), the two-sided clip `delta` (arXiv 2505.07291) and the KL estimators k1, k2, k3
-(J. Schulman, "Approximating KL divergence", 2020).
+Sources: GRPO (arXiv 2402.03300, eq. 3-4), DAPO (arXiv 2503.14476: the two clip bounds and the token
+    mean),
+Dr. GRPO (arXiv 2503.20783: a constant length), CISPO (arXiv 2506.13585), SAPO (arXiv 2511.20347),
+GSPO (arXiv 2507.18071), the two-sided clip `delta` (arXiv 2505.07291) and the KL estimators k1, k2,
+k3 (J. Schulman, "Approximating KL divergence", 2020).
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Objective:
         beta: weight of the KL penalty against `ref_log_probs`.
         kl_estimator: "k1" (value of k1, gradient of k2), "k2" or "k3".
         temperature: logits are divided by it.
-        softcap: logits become `softcap * tanh(logits / softcap)` before the temperature; None for none.
+        softcap: logits become `softcap * tanh(logits / softcap)` before the temperature; None for
+            none.
         entropy_coef: weight of the entropy bonus.
         loss_agg_mode: one of `LOSS_AGG_MODES`.
         max_completion_length: tokens; the constant of "seq-mean-token-sum-norm".
@@ -115,8 +118,8 @@ def token_objective(
 ) -> TokenObjective:
     """The loss of each token, differentiable in `log_probs`, without the entropy bonus.
 
-    A label whose logit is -inf has log-prob -inf: its ratio is 0 and nothing is pushed through it. Both log-ratios
-    are clamped to +-20 with zero gradient outside.
+    A label whose logit is -inf has log-prob -inf: its ratio is 0 and nothing is pushed through it.
+    Both log-ratios are clamped to +-20 with zero gradient outside.
     """
     o = objective
     low, high = 1.0 - o.epsilon_low, 1.0 + o.epsilon_high

@@ -1,9 +1,10 @@
 """Log-probabilities of the label tokens: one pass over each logits row, differentiable.
 
-    log_prob_t = z_t[label_t] - logsumexp(z_t),   entropy_t = -sum_v p_tv log p_tv,   z = logits / temperature
+    z = logits / temperature,   log_prob_t = z_t[label_t] - logsumexp(z_t),
+    entropy_t = -sum_v p_tv log p_tv
 
-A plain log-softmax writes a second `[T, V]` tensor in fp32 to read one element of each row. Here a row is read once
-and three numbers come out; the gradient is one more read and one write.
+A plain log-softmax writes a second `[T, V]` tensor in fp32 to read one element of each row. Here a
+row is read once and three numbers come out; the gradient is one more read and one write.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def token_log_probs_reference(
 
 
 library.define(
-    "token_log_probs(Tensor logits, Tensor labels, float temperature, float softcap, bool return_entropy, "
-    "str impl) -> (Tensor log_probs, Tensor lse, Tensor entropy)"
+    "token_log_probs(Tensor logits, Tensor labels, float temperature, float softcap, "
+    "bool return_entropy, str impl) -> (Tensor log_probs, Tensor lse, Tensor entropy)"
 )
 library.define(
-    "token_log_probs_backward(Tensor logits, Tensor labels, Tensor lse, Tensor entropy, Tensor dlog_probs, "
-    "Tensor? dentropy, float temperature, float softcap, str impl) -> Tensor"
+    "token_log_probs_backward(Tensor logits, Tensor labels, Tensor lse, Tensor entropy, "
+    "Tensor dlog_probs, Tensor? dentropy, float temperature, float softcap, str impl) -> Tensor"
 )
 
 
@@ -212,21 +213,22 @@ def token_log_probs(
     """Log-probabilities of `labels` under `softmax(logits / temperature)`, differentiable.
 
     Args:
-        logits: `[T, V]` or `[B, L, V]`, fp32, bf16 or fp16; any strides with a contiguous last dimension, so
-            views such as `logits[:, :-1]` are not copied.
-        labels: int64, shaped like `logits` without the vocabulary; -100 skips the row, which is never read.
+        logits: `[T, V]` or `[B, L, V]`, fp32, bf16 or fp16; any strides with a contiguous last
+            dimension, so views such as `logits[:, :-1]` are not copied.
+        labels: int64, shaped like `logits` without the vocabulary; -100 skips the row, which is
+            never read.
         temperature: logits are divided by it.
         softcap: logits become `softcap * tanh(logits / softcap)` before the temperature (Gemma 2).
         return_entropy: also return the entropy of every row, in nats.
         impl: None (the best present), "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        `TokenLogProbs(log_probs, lse, entropy)`, fp32, shaped like labels, zero in skipped rows. Gradients flow
-        through `log_probs` and `entropy`; `lse` has none.
+        `TokenLogProbs(log_probs, lse, entropy)`, fp32, shaped like labels, zero in skipped rows.
+        Gradients flow through `log_probs` and `entropy`; `lse` has none.
 
     Raises:
-        ValueError, TypeError: a bad shape, dtype, device or option; a label out of range (CPU only, where the
-            check costs no synchronisation).
+        ValueError, TypeError: a bad shape, dtype, device or option; a label out of range (CPU only,
+            where the check costs no synchronisation).
     """
     chosen = choose_impl(impl, logits.device)
     check_logits(logits, labels, reference=chosen == "reference")

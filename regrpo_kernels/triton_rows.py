@@ -1,8 +1,8 @@
 """Triton kernels of the vocabulary-sized ops: one program a row, a loop over blocks of the row.
 
-Lengths are never compile-time constants: a new T, B or L compiles nothing. The second pass over a row
-runs backwards, so that it starts with what the first one left in cache. No atomics: two runs give the
-same bits.
+Lengths are never compile-time constants: a new T, B or L compiles nothing. The second pass over a
+row runs backwards, so that it starts with what the first one left in cache. No atomics: two runs
+give the same bits.
 """
 
 from __future__ import annotations
@@ -97,10 +97,7 @@ def _write_gradient(
         z = _cap(tl.load(x_ptr + cols, mask=live, other=0.0).to(tl.float32), softcap, CAP)
         d = tl.where(z == -_INFINITY, _FLOOR, z - reference)
         e = tl.exp2(d * (inv_temperature * _LOG2E))
-        if ENTROPY:
-            v = e * (b + a * d)
-        else:
-            v = e * b
+        v = e * (b + a * d) if ENTROPY else e * b
         v = tl.where(cols == label, v + at_label, v)
         if CAP:
             v = v * (1.0 - (z / softcap) * (z / softcap))
@@ -223,7 +220,9 @@ def _token_objective(
     HAS_REF: tl.constexpr,
     HAS_DELTA: tl.constexpr,
 ):
-    """`(loss, d loss / d log_prob, kl, ratio, clip_low, clip_high)`: csrc/objective.h, in Triton."""
+    """`(loss, d loss / d log_prob, kl, ratio, clip_low, clip_high)`: csrc/objective.h, in
+    Triton.
+    """
     forbidden = log_prob == -_INFINITY
     raw = 0.0
     if HAS_OLD:

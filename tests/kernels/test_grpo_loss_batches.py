@@ -1,6 +1,7 @@
 """grpo_loss over batches: packing, aggregation, micro-batches, random cases, bad arguments."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(cuts, mode):
     out, gradient = run(cpu, **batch, objective=objective_of(mode))
     bounds = [0, *sorted(cuts), 16]
     total, parts = 0.0, []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         piece = {k: v[begin:end] for k, v in batch.items()}
         part, part_gradient = run(cpu, **piece, objective=objective_of(mode), normalizer=normalizer)
         total = total + part.loss.detach()

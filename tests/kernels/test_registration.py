@@ -1,4 +1,6 @@
-"""torch.library contracts, torch.compile, lowering without a GPU, and what the module brings along."""
+"""torch.library contracts, torch.compile, lowering without a GPU, and what the module brings
+along.
+"""
 
 import os
 import subprocess
@@ -105,12 +107,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from regrpo_kernels import triton_rows as k
 
-FLAGS = {"HAS_ENTROPY": True, "CAP": True, "BLOCK_V": 4096, "POLICY": 0, "KL": 2, "HAS_ADVANTAGES": True,
-         "HAS_OLD": True, "HAS_REF": True, "HAS_DELTA": True, "HAS_GRADIENT": True}
-INTEGERS = {"inner", "vocab", "num_rows", "x_stride_outer", "x_stride_inner", "d_stride_outer", "d_stride_inner"}
+FLAGS = {
+    "HAS_ENTROPY": True, "CAP": True, "BLOCK_V": 4096, "POLICY": 0, "KL": 2, "HAS_OLD": True,
+    "HAS_ADVANTAGES": True, "HAS_REF": True, "HAS_DELTA": True, "HAS_GRADIENT": True,
+}
+INTEGERS = {
+    "inner", "vocab", "num_rows", "x_stride_outer", "x_stride_inner", "d_stride_outer",
+    "d_stride_inner",
+}
+KERNELS = [k._token_log_probs_fwd_kernel, k._token_log_probs_bwd_kernel, k._grpo_loss_kernel,
+           k._scale_gradient_kernel]
 
-for kernel in (k._token_log_probs_fwd_kernel, k._token_log_probs_bwd_kernel, k._grpo_loss_kernel,
-               k._scale_gradient_kernel):
+for kernel in KERNELS:
     for dtype in ("fp32", "bf16", "fp16"):
         signature, constants = {}, {}
         for name in kernel.arg_names:
@@ -128,7 +136,8 @@ for kernel in (k._token_log_probs_fwd_kernel, k._token_log_probs_bwd_kernel, k._
                 signature[name] = "i64" if name in INTEGERS else "fp32"
         for capability in (80, 90):
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm["ptx"]
+            target = GPUTarget("cuda", capability, 32)
+            ptx = triton.compile(source, target=target, options={"num_warps": 8}).asm["ptx"]
             assert f".target sm_{capability}" in ptx
             print(kernel.fn.__name__, dtype, capability, len(ptx))
 """
