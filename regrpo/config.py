@@ -96,9 +96,9 @@ class PretrainConfig:
     out: str
     hidden_size: int = 96
     num_layers: int = 3
-    num_heads: int = 4
+    num_heads: int = 1
     tokenizer_tasks: int = 1200
-    steps: int = 500
+    steps: int = 850
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-3, warmup_steps=20))
     save_every: int = 250
     seed: int = 0
@@ -216,7 +216,7 @@ class TrainConfig:
         group_size: trajectories a state (K).
         forced_share: share of the states that start behind an executed near-miss.
         epochs: passes over the trajectories of an update.
-        batch_tokens: tokens of an optimizer step, at most.
+        batch_tokens: tokens of one forward and backward pass, at most; an update adds them up.
         temperature: of sampling and of the loss.
         max_new_tokens: limit of one turn.
         epsilon_low: lower clip bound of the ratio.
@@ -319,7 +319,21 @@ class DemoConfig:
     Args:
         out: folder of everything the demo makes.
         seed: of everything random.
+        pretrain_steps: optimizer steps of the base model.
+        data_tasks: tasks the supervised agents learn from.
+        sft_steps: optimizer steps of each supervised agent.
+        rl_steps: updates of each RL agent.
+        eval_tasks: held-out tasks.
     """
 
     out: str = "runs/demo"
     seed: int = 0
+    pretrain_steps: int = 850
+    data_tasks: int = 2400
+    sft_steps: int = 400
+    rl_steps: int = 100
+    eval_tasks: int = 480
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain_steps", "data_tasks", "sft_steps", "rl_steps", "eval_tasks"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")

@@ -4,12 +4,10 @@ Each is one token of the small tokenizer, so that copying an identifier is copyi
 """
 
 NAMES: tuple[str, ...] = (
-    "acorn", "agate", "alder", "amber", "anise", "apple", "aspen", "aster",
-    "basil", "beech", "birch", "bison", "camel", "cedar", "cider", "clove",
-    "cobra", "coral", "crane", "daisy", "dingo", "eagle", "egret", "ember",
-    "fern", "finch", "flint", "fox", "gecko", "ginger", "goose", "grape",
-    "hazel", "heron", "holly", "honey", "ibis", "iris", "ivory", "jade",
-    "koala", "larch", "lemon", "lilac", "lotus", "mango", "maple", "moose",
-    "newt", "oak", "olive", "onyx", "opal", "otter", "peach", "pearl",
-    "pine", "quail", "quartz", "raven", "rose", "tiger", "tulip", "zebra",
+    "agate", "alder", "amber", "anise", "aspen", "aster", "basil", "beech",
+    "birch", "bison", "camel", "cedar", "clove", "cobra", "coral", "crane",
+    "daisy", "eagle", "ember", "fern", "finch", "flint", "gecko", "ginger",
+    "goose", "hazel", "heron", "holly", "ibis", "iris", "jade", "koala",
+    "larch", "lemon", "lilac", "lotus", "mango", "maple", "newt", "oak",
+    "olive", "onyx", "otter", "pearl", "quail", "raven", "tulip", "zebra",
 )  # fmt: skip

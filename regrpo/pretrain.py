@@ -25,20 +25,21 @@ from regrpo.tasks import generate_tasks
 from regrpo.trainer import Run
 from regrpo_kernels import Segment
 
-SEQUENCES = 48
+SEQUENCES = 36
 LENGTH = 56
 
 
-def copying_batch(rng: random.Random, identifiers: list[int], vocabulary: list[int]) -> PackedBatch:
-    """Random strings of 2 to 20 symbols, repeated; the first occurrence is not trained."""
+def copying_batch(rng: random.Random, names: list[int], numbers: list[int]) -> PackedBatch:
+    """Strings of 3 to 20 different symbols, repeated; their first occurrence is not trained."""
     trajectories = []
     for _ in range(SEQUENCES):
-        source = identifiers if rng.random() < 0.5 else vocabulary
-        string = [rng.choice(source) for _ in range(rng.randint(2, 20))]
+        symbols = numbers if rng.random() < 0.25 else names
+        string = rng.sample(symbols, rng.randint(3, 20))
+        copies = string * (LENGTH // len(string) + 1)
         trajectory = TokenizedTrajectory()
-        trajectory.extend(string, Segment.CONTEXT)
-        copies = string * (1 + LENGTH // len(string))
-        trajectory.extend(copies[: LENGTH - len(string)], Segment.ACTION)
+        # The first symbol of the first copy cannot be known: it is given as well.
+        trajectory.extend([*string, string[0]], Segment.CONTEXT)
+        trajectory.extend(copies[1 : LENGTH - len(string)], Segment.ACTION)
         trajectories.append(trajectory)
     return collate(trajectories)
 
@@ -64,8 +65,8 @@ def run_pretrain(
         seed=config.seed,
     )
     vocabulary_ids = tokenizer.get_vocab()
-    identifiers = [vocabulary_ids[name] for name in NAMES]
-    vocabulary = list(range(len(tokenizer)))
+    names = [vocabulary_ids[name] for name in NAMES]
+    numbers = [i for token, i in sorted(vocabulary_ids.items()) if token.isdigit()]
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
         bar = (
             progress.add_task("pretrain", total=config.steps, completed=run.step)
@@ -74,7 +75,7 @@ def run_pretrain(
         )
         while run.step < config.steps:
             rng = random.Random(f"{config.seed}-{run.step}")
-            batch = copying_batch(rng, identifiers, vocabulary).to(run.device)
+            batch = copying_batch(rng, names, numbers).to(run.device)
             count = batch.loss_mask.sum()
             loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, count).loss
             loss.backward()

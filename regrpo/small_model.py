@@ -1,10 +1,10 @@
 """A small Qwen2 model and its tokenizer, for experiments that fit two CPU cores.
 
-The tokenizer is built from the tasks' own text. Identifiers and digits are single symbols; what
-stands between them (the fixed wording of prompts, calls and error messages) becomes one token a
+The tokenizer is built from the tasks' own text. Identifiers and recurring numbers are single
+symbols; what stands between them (the fixed wording of prompts, calls and error messages) becomes one token a
 phrase where it recurs, one a word otherwise, and bytes as the last resort, so any text is encoded
-without loss. Segmentation is the Unigram model's (Kudo 2018, arXiv 1804.10959) with fixed scores:
-fewest tokens win.
+without loss (up to Unicode normalisation). The longest match wins. It is a Qwen2 tokenizer without
+merges, whose phrases are added tokens, because that is what transformers loads beside a Qwen2 model.
 
 The model is pretrained on in-context copying (induction; Olsson et al. 2022, arXiv 2209.11895), a
 stand-in for what every pretrained language model can do already. Without it none of the serial
@@ -16,9 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import Unigram
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 PAD, END = "<|pad|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, END, "<|system|>", "<|user|>", "<|assistant|>")
@@ -36,7 +35,7 @@ def render_template(messages: Sequence[Mapping[str, str]]) -> str:
 
 def build_tokenizer(
     texts: Iterable[str], symbols: Sequence[str], *, min_count: int = 4
-) -> PreTrainedTokenizerFast:
+) -> Qwen2Tokenizer:
     """Builds a lossless tokenizer from rendered conversations.
 
     Args:
@@ -44,46 +43,39 @@ def build_tokenizer(
         symbols: strings that are always one token of their own (identifiers).
         min_count: how often a phrase or word must occur to become a token.
     """
-    special = "|".join(re.escape(s) for s in SPECIAL_TOKENS)
-    names = "|".join(re.escape(s) for s in sorted(symbols, key=len, reverse=True))
-    boundary = re.compile(rf"{special}|\b(?:{names})\b|[0-9]")
+    whole = (rf"\b{s}\b" if s.isalpha() else re.escape(s) for s in symbols)
+    boundary = re.compile("|".join([*map(re.escape, SPECIAL_TOKENS), *whole, "[0-9]+"]))
+    numbers: Counter[str] = Counter()
     phrases: Counter[str] = Counter()
     words: Counter[str] = Counter()
     for text in texts:
+        numbers.update(re.findall(r"\b[0-9]+\b", text))
         for fragment in boundary.split(text):
             phrases[fragment] += 1
             words.update(re.findall(r"\s?[^\s\w]+|\s?\w+|\s+", fragment))
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def spell(text: str) -> str:
-        return "".join(piece for piece, _ in to_bytes.pre_tokenize_str(text))
-
-    pieces: dict[str, float] = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()), -4.0)
-    for counter, score in ((words, -2.0), (phrases, -1.0)):
-        for text, count in sorted(counter.items()):
-            if len(text) > 1 and count >= min_count:
-                pieces[spell(text)] = score
-    vocabulary = [*((token, -100.0) for token in SPECIAL_TOKENS), *pieces.items()]
-    tokenizer = Tokenizer(Unigram(vocabulary, unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"[0-9]"), "isolated"), to_bytes]
+    recurring = sorted(
+        text for text, count in (phrases + words).items() if len(text) > 1 and count >= min_count
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer.add_tokens(
-        [AddedToken(s, normalized=False, single_word=s.isalpha()) for s in symbols]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    known = sorted(n for n, count in numbers.items() if len(n) > 1 and count >= min_count)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(
+        vocab={character: index for index, character in enumerate(alphabet)},
+        merges=[],
+        unk_token=PAD,  # never produced: every byte is in the vocabulary
         pad_token=PAD,
         eos_token=END,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
+        extra_special_tokens=[t for t in SPECIAL_TOKENS if t not in (PAD, END)],
     )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_tokens(
+        [AddedToken(s, normalized=False, single_word=s.isalnum()) for s in [*symbols, *known]]
+    )
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in recurring])
+    return tokenizer
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     *,
     hidden_size: int = 96,
     num_layers: int = 3,

@@ -71,7 +71,7 @@ class _Scene:
         self.trap_share = trap_share
         self.files: list[WorkspaceFile] = []
         self._names = rng.sample(NAMES, len(NAMES))
-        self._values = rng.sample(range(10, 100), 90)
+        self._values = rng.sample(range(10, 60), 50)
 
     def name(self) -> str:
         return self._names.pop()

@@ -28,7 +28,7 @@ def build_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
