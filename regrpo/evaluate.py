@@ -42,6 +42,11 @@ class Rate:
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
+    def to_dict(self) -> dict[str, Any] | None:
+        if not self.count:
+            return None
+        return {"percent": self.percent, "interval": self.interval, "count": self.count}
+
     def __str__(self) -> str:
         if not self.count:
             return "-"
@@ -83,12 +88,10 @@ class Report:
     success_serial: Rate
 
     def to_dict(self) -> dict[str, Any]:
-        """Rates as percent, 95 % interval and count."""
+        """Rates as percent, 95 % interval and count; None for a rate of nothing."""
         return {
-            name: {"percent": v.percent, "interval": v.interval, "count": v.count}
-            if isinstance(v, Rate)
-            else v
-            for name, v in vars(self).items()
+            name: value.to_dict() if isinstance(value, Rate) else value
+            for name, value in vars(self).items()
         }
 
 
@@ -146,11 +149,11 @@ def held_out(config: EvalConfig, environment: Environment) -> list[Demonstration
         trap_share=config.tasks.trap_share,
         families=config.tasks.families,
     )
-    return demonstrate(environment, list(tasks), seed=config.seed)[0]
+    return demonstrate(environment, tasks, seed=config.seed)[0]
 
 
 def run_eval(config: EvalConfig, environment: Environment) -> str:
-    """Evaluates a model; writes report.json and transcripts.jsonl where asked; returns the report as text."""
+    """Evaluates a model, writes report.json and transcripts.jsonl; returns the report as text."""
     policy = LocalPolicy(
         load_model(config.model).eval(),
         load_tokenizer(config.model),

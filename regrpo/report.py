@@ -1,8 +1,5 @@
 """What people look at: transcripts, the comparison table, learning curves."""
 
-from collections.abc import Sequence
-from typing import Any
-
 from rich.console import Console
 from rich.text import Text
 
@@ -38,7 +35,7 @@ def transcript(trajectory: Trajectory) -> Record:
 
 
 def print_transcript(trajectory: Trajectory, console: Console | None = None) -> None:
-    """Prints a trajectory: what was asked, every turn, every observation in the colour of its status."""
+    """Prints a trajectory: the question, every turn, every observation coloured by its status."""
     console = console or Console()
     task = trajectory.start.task
     console.print(Text(f"Task: {task.question}", style="bold"))

@@ -139,8 +139,9 @@ def test_other_seeds_give_other_tasks():
 def test_answers_spread_over_their_range():
     tasks = generate_tasks(800, seed=1, families=("links", "see", "layout", "formats", "renames"))
     (_, most), *_ = Counter(t.answer for t in tasks).most_common(1)
-    assert len({t.answer for t in tasks}) == 90
-    assert most < 30
+    different = len({t.answer for t in tasks})
+    assert different >= 40
+    assert most < 3 * 800 / different
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""Evaluation with policies whose scores are known, and its intervals."""
+
+import json
+import math
+import re
+
+import pytest
+
+from regrpo.config import EvalConfig, TaskConfig
+from regrpo.data_engine.build import demonstrate
+from regrpo.evaluate import Rate, evaluate, rate, run_eval
+from regrpo.prompts import REFLECTION_OPENER
+from regrpo.sampling import Sample
+from regrpo.segments import ChatFormat
+from regrpo.tasks import SERIAL_FAMILIES, generate_tasks
+from regrpo.tool_calls import Reflection, ToolCall, Turn
+
+
+class Oracle:
+    """Acts from the task's reference: walks into its traps, then repairs as it is told to.
+
+    Args:
+        repair: "right", "wrong" (fails again) or "other" (works, but is not what was asked).
+        needless: writes a reflection on every turn.
+    """
+
+    def __init__(self, tokenizer, demonstrations, *, repair="right", needless=False):
+        self.tokenizer = tokenizer
+        self.chat = ChatFormat(tokenizer)
+        self.demonstrations = demonstrations
+        self.repair = repair
+        self.needless = needless
+
+    def generate(self, prompts):
+        return [self.turn(self.tokenizer.decode(p)) for p in prompts]
+
+    def turn(self, text):
+        (demo,) = (d for d in self.demonstrations if f"Task: {d.task.question}<|end|>" in text)
+        turns = text.split("<|assistant|>")[1:]
+        failed = turns[-1].startswith(REFLECTION_OPENER) or self.retries(turns)
+        step = len(set(re.findall(r"OUTPUT OF STEP (\d+)", text))) - failed
+        reference = demo.task.steps[step]
+        reflection = Reflection("ArgInvalid", "x", "y")
+        if not failed:
+            call = reference.trap or reference.call
+            text = Turn(reflection if self.needless else None, "?", call).render()
+        else:
+            call = {
+                "right": reference.call,
+                "wrong": ToolCall("read_file", ("nothing.txt",)),
+                "other": ToolCall("calculator", ("1 + 1",)),
+            }[self.repair]
+            text = Turn(reflection, "?", call).render()
+            if turns[-1].startswith(REFLECTION_OPENER):
+                text = text.removeprefix(REFLECTION_OPENER)
+            else:
+                text = Turn(None, "?", call).render()
+        ids = [*self.chat.encode(text), self.chat.end_id]
+        return Sample(ids, [-1.0] * len(ids))
+
+    @staticmethod
+    def retries(turns):
+        """Without an opener, a failure shows in the observation."""
+        marks = r"Error: |\(empty region\)|no results|\(no rows\)"
+        return len(turns) > 1 and bool(re.search(marks, turns[-2]))
+
+
+@pytest.fixture(scope="module")
+def held_out(environment):
+    tasks = generate_tasks(96, seed=77, hops=(1, 3))
+    asked_once = {t.question: t for t in tasks}  # the oracle knows a task by its question
+    return demonstrate(environment, list(asked_once.values()), seed=0)[0]
+
+
+def share(values):
+    values = list(values)
+    return 100 * sum(values) / len(values)
+
+
+@pytest.mark.parametrize("reflect", [True, False])
+def test_an_oracle_recovers_from_everything(tokenizer, environment, held_out, reflect):
+    policy = Oracle(tokenizer, held_out)
+    report, episodes = evaluate(policy, environment, held_out, reflect=reflect)
+    assert [e.start.task for e in episodes] == [d.task for d in held_out]
+    assert report.success == Rate(len(held_out), len(held_out))
+    assert report.success_serial.percent == 100
+    assert report.success_serial.count == sum(d.task.family in SERIAL_FAMILIES for d in held_out)
+    assert report.first_try.percent == share(not d.task.trapped for d in held_out)
+    traps = sum(step.trap is not None for d in held_out for step in d.task.steps)
+    assert report.recovery_own == Rate(traps, traps)
+    assert report.recovery_forced.percent == 100
+    assert report.recovery_forced.count == sum(bool(d.failures) for d in held_out)
+    assert report.unneeded.hits == 0
+    if reflect:
+        rest = Reflection("ArgInvalid", "x", "y").render().removeprefix(REFLECTION_OPENER)
+        assert report.reflection_tokens == len(policy.chat.encode(rest))
+        assert 0 < report.error_type.percent < 100  # always says ArgInvalid
+        assert report.error_type.count == report.recovery_forced.count
+    else:
+        assert report.reflection_tokens == 0
+        assert report.error_type.count == 0
+
+
+@pytest.mark.parametrize("repair", ["wrong", "other"])
+def test_repairs_that_do_not_repair(tokenizer, environment, held_out, repair):
+    policy = Oracle(tokenizer, held_out, repair=repair)
+    report, episodes = evaluate(policy, environment, held_out, reflect=True)
+    assert report.recovery_own.hits == 0
+    assert report.recovery_forced.hits == 0
+    assert report.first_try.percent == share(not d.task.trapped for d in held_out)
+    if repair == "wrong":
+        assert report.success == report.first_try
+        assert all(len(e.turns) >= 2 for e in episodes)
+        # A correction that fails is the end.
+        assert all(e.success or e.turns[-1].correction for e in episodes)
+
+
+def test_needless_reflections_are_counted(tokenizer, environment, held_out):
+    policy = Oracle(tokenizer, held_out, needless=True)
+    report, episodes = evaluate(policy, environment, held_out, reflect=True)
+    assert report.unneeded.percent == 100
+    free = sum(not turn.correction for e in episodes for turn in e.turns)
+    assert report.unneeded.count == free
+    assert report.success.percent == 100
+
+
+def test_the_forced_near_misses_are_a_function_of_the_seed(tokenizer, environment, held_out):
+    policy = Oracle(tokenizer, held_out)
+    reports = [
+        evaluate(policy, environment, held_out, reflect=True, seed=seed)[0] for seed in (0, 0, 1)
+    ]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),
+    # Wilson (1927), worked by hand from the quadratic in p.
+    [(0, 10, 0.0, 27.753), (10, 10, 72.247, 100.0), (50, 100, 40.383, 59.617)],
+)
+def test_wilson_interval(hits, count, low, high):
+    interval = Rate(hits, count).interval
+    assert interval == pytest.approx((low, high), abs=0.001)
+    assert str(Rate(hits, count)) == f"{100 * hits / count:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def test_a_rate_of_nothing():
+    nothing = rate([])
+    assert math.isnan(nothing.percent)
+    assert str(nothing) == "-"
+    assert rate([True, False, True]) == Rate(2, 3)
+
+
+def test_run_eval_writes_a_report_and_transcripts(model, tokenizer, environment, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = EvalConfig(
+        model=str(tmp_path / "model"),
+        out=str(tmp_path / "out"),
+        count=8,
+        tasks=TaskConfig(seed=3, families=("layout", "formats")),
+        max_new_tokens=4,
+    )
+    text = run_eval(config, environment)
+    for name in ("success", "first_try", "recovery_own", "recovery_forced", "unneeded"):
+        assert re.search(rf"^{name} ", text, re.MULTILINE)
+    raw = (tmp_path / "out" / "report.json").read_text()
+    assert "NaN" not in raw
+    report = json.loads(raw)
+    assert report["success"]["count"] == 8
+    assert report["success_serial"] is None  # no such task among them
+    lines = [json.loads(line) for line in (tmp_path / "out" / "transcripts.jsonl").open()]
+    assert len(lines) == 8
+    assert all(line["turns"][0]["status"] == "error" for line in lines)
+    assert run_eval(config, environment) == text
