@@ -10,7 +10,7 @@ from regrpo.tasks import Task
 
 
 class ReGRPOAgent:
-    """Runs tasks with a trained model: acts, observes, and after a failed call reflects once and repairs.
+    """Runs tasks with a trained model; after a failed call it reflects once and repairs.
 
     Args:
         model: Hugging Face name or path; any causal LM with a chat template.
@@ -53,7 +53,9 @@ class ReGRPOAgent:
         """
         folder = Path(workspace).resolve()
         if not folder.is_dir():
-            raise NotADirectoryError(f"workspace is {str(workspace)!r}; expected an existing folder")
+            raise NotADirectoryError(
+                f"workspace is {str(workspace)!r}; expected an existing folder"
+            )
         task = Task("user", "user", question, "", folder, ())
         with LocalEnvironment(timeout_s=self.timeout_s) as environment:
             return run(
@@ -64,4 +66,3 @@ class ReGRPOAgent:
                 whole=True,
                 max_steps=self.max_steps,
             )[0]
-

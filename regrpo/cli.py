@@ -10,8 +10,8 @@ from regrpo import config as settings
 from regrpo.errors import RunError
 from regrpo.progress import progress_bar
 
-
-# torch and transformers take seconds to import: each command imports what it runs, so that --help is quick.
+# torch and transformers take seconds to import: each command imports what it runs, so that
+# --help is quick.
 
 
 def _data_build(config: settings.DataConfig) -> None:

@@ -48,9 +48,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.count > 0, "count", self.count, "1 or more")
-        _require(
-            0 <= self.near_miss_share <= 1, "near_miss_share", self.near_miss_share, "a share"
-        )
+        _require(0 <= self.near_miss_share <= 1, "near_miss_share", self.near_miss_share, "a share")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Everything once, on two CPU cores: five agents from the same tasks and budgets, compared on held-out tasks.
+"""Everything once, on two CPU cores: five agents from the same tasks and budgets, compared.
 
-Run: ``regrpo demo --out runs/demo``. Each stage is a run of its own in a folder of its own; an interrupted demo goes on
-where it stopped. The supervised agents see repairs of at most two hops; reinforcement learning and evaluation go to
-four, which is what it has to improve.
+Run: ``regrpo demo --out runs/demo``. Each stage is a run of its own in a folder of its own; an
+interrupted demo goes on where it stopped. The supervised agents see repairs of at most two hops;
+reinforcement learning and evaluation go to four, which is what it has to improve.
 """
 
 import json
@@ -65,15 +65,11 @@ class Demo:
         config = PretrainConfig(
             out=str(self.out / "base"), steps=self.config.pretrain_steps, seed=self.config.seed
         )
-        return self.timed(
-            "pretrain", lambda: run_pretrain(config, self.environment, self.progress)
-        )
+        return self.timed("pretrain", lambda: run_pretrain(config, self.environment, self.progress))
 
     def data(self) -> None:
         tasks = TaskConfig(seed=10 * self.config.seed + 1, hops=WARM_HOPS)
-        config = DataConfig(
-            out=str(self.out / "data"), count=self.config.data_tasks, tasks=tasks
-        )
+        config = DataConfig(out=str(self.out / "data"), count=self.config.data_tasks, tasks=tasks)
         self.progress.console.print(
             self.timed("data", lambda: write_corpora(config, self.environment))
         )

@@ -49,7 +49,9 @@ class LocalEnvironment:
             timeout_s=timeout_s, memory_mb=memory_mb, max_output_chars=max_output_chars
         )
         # Keyed by content: two tasks with the same files share a folder.
-        self._workspaces: LRU[tuple[WorkspaceFile, ...], Path] = LRU(max_workspaces, on_evict=shutil.rmtree)
+        self._workspaces: LRU[tuple[WorkspaceFile, ...], Path] = LRU(
+            max_workspaces, on_evict=shutil.rmtree
+        )
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._built = 0
 

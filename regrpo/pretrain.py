@@ -8,7 +8,7 @@ text, no tool, no format.
 import random
 
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerFast
+from transformers import Qwen2Tokenizer
 
 from regrpo.config import PretrainConfig
 from regrpo.data_engine.build import build
@@ -44,7 +44,7 @@ def copying_batch(rng: random.Random, names: list[int], numbers: list[int]) -> P
     return collate(trajectories)
 
 
-def task_tokenizer(config: PretrainConfig, environment: Environment) -> PreTrainedTokenizerFast:
+def task_tokenizer(config: PretrainConfig, environment: Environment) -> Qwen2Tokenizer:
     """The tokenizer, from executed demonstrations of generated tasks."""
     tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 4)))
     corpus = build(environment, tasks, seed=config.seed)

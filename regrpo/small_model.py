@@ -1,10 +1,11 @@
 """A small Qwen2 model and its tokenizer, for experiments that fit two CPU cores.
 
 The tokenizer is built from the tasks' own text. Identifiers and recurring numbers are single
-symbols; what stands between them (the fixed wording of prompts, calls and error messages) becomes one token a
-phrase where it recurs, one a word otherwise, and bytes as the last resort, so any text is encoded
-without loss (up to Unicode normalisation). The longest match wins. It is a Qwen2 tokenizer without
-merges, whose phrases are added tokens, because that is what transformers loads beside a Qwen2 model.
+symbols; what stands between them (the fixed wording of prompts, calls and error messages) becomes
+one token a phrase where it recurs, one a word otherwise, and bytes as the last resort, so any text
+is encoded without loss (up to Unicode normalisation). The longest match wins. It is a Qwen2
+tokenizer without merges, whose phrases are added tokens, because that is what transformers loads
+beside a Qwen2 model.
 
 The model is pretrained on in-context copying (induction; Olsson et al. 2022, arXiv 2209.11895), a
 stand-in for what every pretrained language model can do already. Without it none of the serial
