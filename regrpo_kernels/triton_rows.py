@@ -277,7 +277,7 @@ def _token_objective(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def _grpo_loss_kernel(
+def _grpo_loss_fwd_kernel(
     x_ptr,
     inner,
     x_stride_outer,
@@ -490,7 +490,7 @@ def grpo_loss(
     if labels.numel() == 0:
         return
     o = options
-    _grpo_loss_kernel[(labels.numel(),)](
+    _grpo_loss_fwd_kernel[(labels.numel(),)](
         logits,
         *rows(logits)[1:],
         logits if dlogits is None else dlogits,

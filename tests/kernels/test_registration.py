@@ -115,7 +115,7 @@ INTEGERS = {
     "inner", "vocab", "num_rows", "x_stride_outer", "x_stride_inner", "d_stride_outer",
     "d_stride_inner",
 }
-KERNELS = [k._token_log_probs_fwd_kernel, k._token_log_probs_bwd_kernel, k._grpo_loss_kernel,
+KERNELS = [k._token_log_probs_fwd_kernel, k._token_log_probs_bwd_kernel, k._grpo_loss_fwd_kernel,
            k._scale_gradient_kernel]
 
 for kernel in KERNELS:
