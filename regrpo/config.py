@@ -5,7 +5,7 @@ An unknown key, a wrong type or a value out of range is an error that names it.
 
 from dataclasses import dataclass, field
 
-from regrpo.tasks import FAMILIES
+from regrpo.tasks import FAMILIES, generate_tasks
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -28,6 +28,15 @@ class TaskConfig:
     hops: tuple[int, int] = (1, 2)
     trap_share: float = 0.65
     families: tuple[str, ...] = tuple(FAMILIES)
+
+    def __post_init__(self) -> None:
+        generate_tasks(
+            0,
+            seed=self.seed,
+            hops=self.hops,
+            trap_share=self.trap_share,
+            families=self.families,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,19 @@ class PretrainConfig:
     save_every: int = 250
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, "steps", self.steps, "1 or more")
+        _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+        # Rotary positions turn pairs of channels.
+        heads = self.num_heads
+        _require(heads > 0, "num_heads", heads, "1 or more")
+        _require(
+            self.hidden_size > 0 and self.hidden_size % (2 * heads) == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of 2 * num_heads={2 * heads}",
+        )
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -115,6 +137,9 @@ class LoraSettings:
     rank: int = 0
     alpha: int = 32
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -199,6 +224,12 @@ class RewardConfig:
     min_std: float = 0.0
     clip: float | None = 1.0
 
+    def __post_init__(self) -> None:
+        _require(self.tokens_per_cost > 0, "tokens_per_cost", self.tokens_per_cost, "positive")
+        _require(self.scale in ("none", "group"), "scale", self.scale, "none or group")
+        _require(self.min_std >= 0, "min_std", self.min_std, "0 or more")
+        _require(self.clip is None or self.clip > 0, "clip", self.clip, "positive, or null")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -259,6 +290,8 @@ class TrainConfig:
         _require(0 <= self.forced_share <= 1, "forced_share", self.forced_share, "between 0 and 1")
         _require(self.epochs > 0, "epochs", self.epochs, "1 or more")
         _require(self.temperature > 0, "temperature", self.temperature, "a positive number")
+        _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(self.beta >= 0, "beta", self.beta, "0 or more")
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
 
 
@@ -289,6 +322,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.count > 0, "count", self.count, "1 or more")
         _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
 
 
 @dataclass(frozen=True)
