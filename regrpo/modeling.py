@@ -89,8 +89,23 @@ AttentionInterface.register(VARLEN, _varlen_attention)
 AttentionMaskInterface.register(VARLEN, _no_mask)
 
 
+def _require_folder_or_name(name_or_path: str) -> None:
+    """Raises FileNotFoundError for a path without a folder: the hub would be asked for it."""
+    path = Path(name_or_path)
+    is_path = path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).is_dir()
+    if "/" in name_or_path and is_path and not path.is_dir():
+        raise FileNotFoundError(
+            f"no model at {name_or_path}; expected a folder that holds one, or a Hugging Face name"
+        )
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads a fast tokenizer; offsets are needed to place segments."""
+    """Loads a fast tokenizer; offsets are needed to place segments.
+
+    Raises:
+        FileNotFoundError: a path without a folder. ValueError: the tokenizer is not a fast one.
+    """
+    _require_folder_or_name(name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name_or_path!r} is not a fast one; expected tokenizer.json")
@@ -115,10 +130,12 @@ def load_model(
         lora_rank: 0 trains all weights; of an adapter that is loaded, the adapter.
 
     Raises:
+        FileNotFoundError: a path without a folder.
         NotImplementedError: the model changes its logits behind the head, or mixes tokens in
             another way than by attention that can be packed.
         ValueError: ``lora_rank`` is not that of the adapter.
     """
+    _require_folder_or_name(name_or_path)
     if (Path(name_or_path) / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 

@@ -197,6 +197,15 @@ def test_a_model_with_its_own_attention_is_refused_by_name(tmp_path):
         load_model(path)
 
 
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_path_without_a_folder_is_not_asked_of_the_hub(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/none", "./none", "../a/b", "runs/x/model", str(tmp_path / "none")):
+        with pytest.raises(FileNotFoundError, match=rf"no model at {path}; expected a folder"):
+            load(path)
+
+
 def test_load_tokenizer(tmp_path, tokenizer, llama_tokenizer):
     for tok in (tokenizer, llama_tokenizer):
         tok.save_pretrained(tmp_path)

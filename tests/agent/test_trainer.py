@@ -368,7 +368,7 @@ def test_wrong_inputs_are_errors_before_anything_is_written(base, tmp_path):
         run_sft(sft_config(base, out, data=missing))
     with pytest.raises(ValueError, match=r"no record to train on in .*longer than max_length=5"):
         run_sft(sft_config(base, out, max_length=5))
-    with pytest.raises(OSError, match="no-model"):
+    with pytest.raises(FileNotFoundError, match=r"no model at .*no-model"):
         run_sft(sft_config(base, out, model=str(tmp_path / "no-model")))
     assert not out.exists()
 
