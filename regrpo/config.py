@@ -105,8 +105,8 @@ class PretrainConfig:
     num_layers: int = 3
     num_heads: int = 1
     tokenizer_tasks: int = 1200
-    steps: int = 850
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-3, warmup_steps=20))
+    steps: int = 800
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
     seed: int = 0
 
@@ -360,7 +360,7 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seed: int = 0
-    pretrain_steps: int = 850
+    pretrain_steps: int = 800
     data_tasks: int = 2400
     sft_steps: int = 400
     rl_steps: int = 100

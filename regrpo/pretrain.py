@@ -7,6 +7,7 @@ text, no tool, no format.
 
 import random
 
+import torch
 from rich.progress import Progress
 from transformers import Qwen2Tokenizer
 
@@ -29,11 +30,10 @@ SEQUENCES = 36
 LENGTH = 56
 
 
-def copying_batch(rng: random.Random, names: list[int], numbers: list[int]) -> PackedBatch:
+def copying_batch(rng: random.Random, symbols: list[int]) -> PackedBatch:
     """Strings of 3 to 20 different symbols, repeated; their first occurrence is not trained."""
     trajectories = []
     for _ in range(SEQUENCES):
-        symbols = numbers if rng.random() < 0.25 else names
         string = rng.sample(symbols, rng.randint(3, 20))
         copies = string * (LENGTH // len(string) + 1)
         trajectory = TokenizedTrajectory()
@@ -65,8 +65,9 @@ def run_pretrain(
         seed=config.seed,
     )
     vocabulary_ids = tokenizer.get_vocab()
-    names = [vocabulary_ids[name] for name in NAMES]
-    numbers = [i for token, i in sorted(vocabulary_ids.items()) if token.isdigit()]
+    symbols = [vocabulary_ids[name] for name in NAMES]
+    embeddings = model.get_input_embeddings().weight
+    initial = embeddings.detach().clone()
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
         bar = (
             progress.add_task("pretrain", total=config.steps, completed=run.step)
@@ -75,7 +76,7 @@ def run_pretrain(
         )
         while run.step < config.steps:
             rng = random.Random(f"{config.seed}-{run.step}")
-            batch = copying_batch(rng, names, numbers).to(run.device)
+            batch = copying_batch(rng, symbols).to(run.device)
             count = batch.loss_mask.sum()
             loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, count).loss
             loss.backward()
@@ -84,5 +85,10 @@ def run_pretrain(
             run.finish_step(config.save_every)
             if progress and bar is not None:
                 progress.update(bar, advance=1, description=f"pretrain loss {loss.item():.3f}")
+        # Tokens that never occurred have only been pushed away, all in one direction, which would
+        # make them look alike to whatever is learned next.
+        with torch.no_grad():
+            initial[symbols] = embeddings[symbols]
+            embeddings.copy_(initial)
         run.save_model()
         return str(run.model_path)
