@@ -255,3 +255,26 @@ def test_a_group_without_variance_has_advantage_zero_and_no_gradient(tasks, save
     )
     out.loss.backward()
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_updates_raise_what_succeeded_and_lower_what_failed(sampled, tokenizer):
+    config, model, trajectories = sampled(
+        beta=0.0, epochs=4, optim=OptimConfig(lr=3e-3, warmup_steps=0)
+    )
+    batch = collate([t.tokens for t in trajectories], with_old_log_probs=True)
+
+    def mean_log_prob(success):
+        values = packed_log_probs(hidden_states(model, batch), *head(model), batch, 1.0)
+        bounds = batch.cu_seqlens.tolist()
+        rows = [i for i, t in enumerate(trajectories) if t.success == success]
+        picked = [values[bounds[i] : bounds[i + 1]].sum() for i in rows]
+        return torch.stack(picked).mean().item()
+
+    before = mean_log_prob(True), mean_log_prob(False)
+    with Run(config.out, config, model, tokenizer, config.optim, 2) as training:
+        metrics = update(training, Learner(model, config), trajectories)
+    after = mean_log_prob(True), mean_log_prob(False)
+    assert after[0] > before[0]
+    assert after[1] < before[1]
+    assert metrics["ratio/max"] > 1 > metrics["ratio/min"]
+    assert metrics["clip_ratio/region_mean"] > 0  # of the last epoch
