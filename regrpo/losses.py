@@ -20,14 +20,15 @@ def policy_loss(
     bias: torch.Tensor | None,
     batch: PackedBatch,
     objective: Objective,
-    normalizer: float | torch.Tensor,
+    normalizer: float | torch.Tensor | None,
 ) -> LossOutput:
     """The objective over the trained tokens of a packed batch.
 
     Args:
         hidden: [T, H] of the batch. weight, bias: the head, [V, H] and [V].
         normalizer: trained tokens (or sequences, by ``objective.loss_agg_mode``) of the whole
-            update, so that the gradient does not depend on how it is split into packs.
+            update, so that the gradient does not depend on how it is split into packs; None for
+            those of this batch.
     """
     rows = batch.loss_mask.nonzero().squeeze(1)
     trained_before = F.pad(batch.loss_mask.cumsum(0), (1, 0))

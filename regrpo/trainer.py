@@ -63,7 +63,8 @@ class Run:
         self.steps = steps
         self.optimizer = build_optimizer(model, optim)
         self.step = 0
-        self._claim(asdict(config))
+        # Not where it is: a folder may be moved, or named from elsewhere.
+        self._claim({key: value for key, value in asdict(config).items() if key != "out"})
         self._resume()
         self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(

@@ -149,6 +149,22 @@ def test_the_gradient_is_the_same_for_any_split(mode, sampled, tokenizer, tmp_pa
             metrics = update(training, learner, trajectories)
             results.append((training.gradients, metrics))
     (whole, expected), *others = results
+    # And it is the objective's own mean over the batch, not a multiple of it.
+    model = load_model(config.model).eval()
+    batch = collate([t.tokens for t in trajectories], with_old_log_probs=True)
+    learner = Learner(model, config)
+    batch = replace(
+        batch,
+        advantages=advantages_of(trajectories, batch, config).token_advantages,
+        ref_log_probs=learner.reference_log_probs(batch),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    hidden = hidden_states(model, batch)
+    policy_loss(hidden, *head(model), batch, learner.objective, None).loss.backward()
+    own = {n: p.grad for n, p in model.named_parameters()}
+    others.append((own, expected))
     assert expected["kl"] > 0
     for gradients, metrics in others:
         assert set(gradients) == set(whole)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from regrpo.losses import packed_log_probs
 from regrpo.modeling import head, hidden_states, load_model
@@ -72,6 +72,19 @@ def test_greedy_equals_generate(tiny, prompts, stop_id):
     ended = [r.ids[-1] == stop_id for r in ours]
     assert any(ended)
     assert not all(ended)
+
+
+def test_greedy_equals_generate_with_learned_positions(prompts):
+    """Rotary positions hide a shift by the padding; learned ones do not."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    for prompt, result in zip(
+        prompts, run(model, prompts, stop_id=-1, temperature=0.0, limit=6), strict=True
+    ):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert result.ids == theirs[0, len(prompt) :].tolist()
 
 
 def test_turns_end_with_the_stop_token_or_at_the_limit(tiny, prompts, stop_id):

@@ -251,6 +251,17 @@ def test_another_configuration_in_the_same_folder_is_refused(base, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+def test_a_moved_folder_goes_on(base, tmp_path, interrupt, monkeypatch):
+    run_sft(sft_config(base, tmp_path / "whole"))
+    interrupt(3)
+    with pytest.raises(Interrupted):
+        run_sft(sft_config(base, tmp_path / "before"))
+    monkeypatch.undo()
+    (tmp_path / "before").rename(tmp_path / "after")
+    run_sft(sft_config(base, tmp_path / "after"))
+    assert metrics_of(tmp_path / "after") == metrics_of(tmp_path / "whole")
+
+
 def test_a_finished_run_is_not_run_again(base, tmp_path):
     path = run_sft(sft_config(base, tmp_path))
     before = (metrics_of(tmp_path), state_of(tmp_path))
