@@ -66,7 +66,7 @@ def run_pretrain(
     )
     vocabulary_ids = tokenizer.get_vocab()
     symbols = [vocabulary_ids[name] for name in NAMES]
-    embeddings = model.get_input_embeddings().weight
+    embeddings, _ = head(model)  # tied
     initial = embeddings.detach().clone()
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
         bar = (
