@@ -105,7 +105,7 @@ class PretrainConfig:
     num_layers: int = 3
     num_heads: int = 1
     tokenizer_tasks: int = 1200
-    steps: int = 800
+    steps: int = 1000
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
     seed: int = 0
@@ -360,8 +360,8 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seed: int = 0
-    pretrain_steps: int = 800
-    data_tasks: int = 2400
+    pretrain_steps: int = 1000
+    data_tasks: int = 12000
     sft_steps: int = 400
     rl_steps: int = 100
     eval_tasks: int = 480

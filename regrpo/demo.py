@@ -2,17 +2,23 @@
 
 Run: ``regrpo demo --out runs/demo``. Each stage is a run of its own in a folder of its own; an
 interrupted demo goes on where it stopped. The supervised agents see repairs of at most two hops;
-reinforcement learning and evaluation go to four, which is what it has to improve.
+reinforcement learning and evaluation go to four, which is what it has to improve. Models this small
+use one core best, so the stages run side by side, one process a core.
 """
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from regrpo.config import (
@@ -27,9 +33,8 @@ from regrpo.config import (
     TrainConfig,
 )
 from regrpo.data_engine.build import write_corpora
-from regrpo.environment import Environment, LocalEnvironment
-from regrpo.evaluate import Report, evaluate, held_out
-from regrpo.modeling import load_model, load_tokenizer
+from regrpo.environment import LocalEnvironment
+from regrpo.evaluate import Report, evaluate_model
 from regrpo.plots import COLUMNS, cell, plot_curves, plot_table
 from regrpo.pretrain import run_pretrain
 from regrpo.progress import progress_bar
@@ -37,89 +42,156 @@ from regrpo.records import write_atomically, write_records
 from regrpo.report import print_transcript, transcript
 from regrpo.rl import run_rl
 from regrpo.rollout import Trajectory
-from regrpo.sampling import LocalPolicy
 from regrpo.sft import run_sft
 from regrpo.workspace import build_workspace
 
 WARM_HOPS, FULL_HOPS = (1, 2), (1, 4)
+Result = tuple[Report, list[Trajectory]]
 
 
-class Demo:
-    """The stages of the demo; ``self.times`` is what each took, in seconds."""
+@dataclass(frozen=True)
+class Job:
+    """A stage: what runs, on which configuration, behind which stages, in how many steps."""
 
-    def __init__(self, config: DemoConfig, environment: Environment, progress: Progress):
-        self.config = config
-        self.out = Path(config.out)
-        self.environment = environment
-        self.progress = progress
-        self.times: dict[str, float] = {}
+    run: Callable[[Any], Any]
+    config: Any
+    after: tuple[str, ...] = ()
+    steps: int = 1
 
-    def timed(self, name: str, stage: Callable[[], str]) -> str:
-        began = time.perf_counter()
-        result = stage()
-        self.times[name] = time.perf_counter() - began
-        self.progress.console.print(f"{name}: {self.times[name]:.0f} s")
-        return result
 
-    def pretrain(self) -> str:
-        config = PretrainConfig(
-            out=str(self.out / "base"), steps=self.config.pretrain_steps, seed=self.config.seed
-        )
-        return self.timed("pretrain", lambda: run_pretrain(config, self.environment, self.progress))
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
-    def data(self) -> None:
-        tasks = TaskConfig(seed=10 * self.config.seed + 1, hops=WARM_HOPS)
-        config = DataConfig(out=str(self.out / "data"), count=self.config.data_tasks, tasks=tasks)
-        self.progress.console.print(
-            self.timed("data", lambda: write_corpora(config, self.environment))
-        )
 
-    def sft(self, name: str, model: str, sources: list[SourceConfig]) -> str:
-        config = SFTConfig(
-            model=model,
-            out=str(self.out / name),
+def _pretrain(config: PretrainConfig) -> str:
+    with LocalEnvironment() as environment:
+        return run_pretrain(config, environment)
+
+
+def _data(config: DataConfig) -> str:
+    with LocalEnvironment() as environment:
+        return write_corpora(config, environment)
+
+
+def _rl(config: TrainConfig) -> str:
+    with LocalEnvironment() as environment:
+        return run_rl(config, environment)
+
+
+def _evaluate(config: EvalConfig) -> Result:
+    with LocalEnvironment() as environment:
+        return evaluate_model(config, environment)
+
+
+def stages(config: DemoConfig) -> dict[str, Job]:
+    """The stages of the demo, by name; trained agents carry the name of their folder."""
+    out = Path(config.out)
+    model = {name: str(out / name / "model") for name in ("base", *AGENTS)}
+    data = {name: str(out / "data" / f"{name}.jsonl") for name in ("success", "clean", "rot")}
+    first_tries, repairs = SourceConfig(data["clean"]), SourceConfig(data["rot"], mask="repair")
+    tasks = TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS)
+    jobs = {
+        "base": Job(
+            _pretrain,
+            PretrainConfig(out=str(out / "base"), steps=config.pretrain_steps, seed=config.seed),
+            steps=config.pretrain_steps,
+        ),
+        "data": Job(_data, DataConfig(str(out / "data"), count=config.data_tasks, tasks=tasks)),
+    }
+    corpora = {
+        "retry-sft": [first_tries, replace(repairs, reflections="strip")],
+        "rot-sft": [first_tries, repairs],
+        "sft-success": [SourceConfig(data["success"])],
+    }
+    for name, sources in corpora.items():
+        sft = SFTConfig(
+            model=model["base"],
+            out=str(out / name),
             data=sources,
-            steps=self.config.sft_steps,
-            optim=OptimConfig(lr=2e-3, warmup_steps=20),
-            seed=self.config.seed,
+            steps=config.sft_steps,
+            optim=OptimConfig(lr=3e-3, warmup_steps=20),
+            seed=config.seed,
         )
-        return self.timed(name, lambda: run_sft(config, self.progress))
-
-    def rl(self, name: str, model: str, reflect: bool) -> str:
-        config = TrainConfig(
-            model=model,
-            out=str(self.out / name),
-            tasks=TaskConfig(seed=10 * self.config.seed + 2, hops=FULL_HOPS),
-            reflect=reflect,
-            steps=self.config.rl_steps,
-            seed=self.config.seed,
+        jobs[name] = Job(run_sft, sft, after=("base", "data"), steps=config.sft_steps)
+    for name, start in (("regrpo", "rot-sft"), ("grpo", "retry-sft")):
+        rl = TrainConfig(
+            model=model[start],
+            out=str(out / name),
+            tasks=TaskConfig(seed=10 * config.seed + 2, hops=FULL_HOPS),
+            reflect=AGENTS[name].reflect,
+            steps=config.rl_steps,
+            seed=config.seed,
         )
-        return self.timed(name, lambda: run_rl(config, self.environment, self.progress))
-
-    def evaluate(self, models: Mapping[str, str]) -> dict[str, tuple[Report, list[Trajectory]]]:
-        config = EvalConfig(
-            model="",
-            count=self.config.eval_tasks,
-            tasks=TaskConfig(seed=10 * self.config.seed + 3, hops=FULL_HOPS),
+        jobs[name] = Job(_rl, rl, after=(start,), steps=config.rl_steps)
+    for name, agent in AGENTS.items():
+        held_out = EvalConfig(
+            model=model[name],
+            count=config.eval_tasks,
+            tasks=TaskConfig(seed=10 * config.seed + 3, hops=FULL_HOPS),
+            reflect=agent.reflect,
         )
-        demonstrations = held_out(config, self.environment)
-        results = {}
-        began = time.perf_counter()
-        for name, path in models.items():
-            policy = LocalPolicy(
-                load_model(path).eval(),
-                load_tokenizer(path),
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-            )
-            results[name] = evaluate(
-                policy, self.environment, demonstrations, reflect=name in REFLECTING
-            )
-        self.times["evaluation"] = time.perf_counter() - began
-        return results
+        jobs[f"eval {name}"] = Job(_evaluate, held_out, after=(name,))
+    # Long chains first; what nothing waits for comes last.
+    order = ["base", "data", "rot-sft", "retry-sft", "regrpo", "grpo", "sft-success"]
+    return {name: jobs[name] for name in [*order, *(n for n in jobs if n not in order)]}
 
 
-REFLECTING = ("RoT-SFT", "ReGRPO")
+@dataclass(frozen=True)
+class Agent:
+    """One row of the comparison."""
+
+    title: str
+    reflect: bool
+
+
+AGENTS = {
+    "sft-success": Agent("SFT-success", reflect=False),
+    "retry-sft": Agent("Retry-SFT", reflect=False),
+    "rot-sft": Agent("RoT-SFT", reflect=True),
+    "grpo": Agent("GRPO", reflect=False),
+    "regrpo": Agent("ReGRPO", reflect=True),
+}
+
+
+def run_jobs(
+    jobs: Mapping[str, Job], progress: Progress
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Runs jobs side by side, each when those it waits for are done; returns results and seconds.
+
+    The first error of a job ends the others and is raised.
+    """
+    results: dict[str, Any] = {}
+    began: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    running: dict[Future[Any], str] = {}
+    bars: dict[str, TaskID] = {}
+    workers = min(2, os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+    try:
+        while len(results) < len(jobs):
+            for name, job in jobs.items():
+                ready = all(other in results for other in job.after)
+                if ready and name not in began and len(running) < workers:
+                    began[name] = time.perf_counter()
+                    bars[name] = progress.add_task(name, total=job.steps)
+                    running[pool.submit(job.run, job.config)] = name
+            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                results[name] = future.result()
+                seconds[name] = time.perf_counter() - began[name]
+                progress.update(bars[name], completed=jobs[name].steps)
+            for name in running.values():
+                if jobs[name].steps > 1:
+                    progress.update(bars[name], completed=steps_done(jobs[name].config.out))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return results, seconds
+
+
+def steps_done(out: str) -> int:
+    """Lines of a run's metrics so far."""
+    path = Path(out) / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -127,34 +199,25 @@ def run_demo(config: DemoConfig) -> None:
     console = Console()
     out = Path(config.out)
     began = time.perf_counter()
-    with LocalEnvironment() as environment, progress_bar() as progress:
-        demo = Demo(config, environment, progress)
-        base = demo.pretrain()
-        demo.data()
-        data = {name: str(out / "data" / f"{name}.jsonl") for name in ("success", "clean", "rot")}
-        repairs = SourceConfig(data["rot"], mask="repair")
-        first_tries = SourceConfig(data["clean"])
-        models = {
-            "SFT-success": demo.sft("sft-success", base, [SourceConfig(data["success"])]),
-            "Retry-SFT": demo.sft(
-                "retry-sft", base, [first_tries, replace(repairs, reflections="strip")]
-            ),
-            "RoT-SFT": demo.sft("rot-sft", base, [first_tries, repairs]),
-        }
-        models["GRPO"] = demo.rl("grpo", models["Retry-SFT"], reflect=False)
-        models["ReGRPO"] = demo.rl("regrpo", models["RoT-SFT"], reflect=True)
-        results = demo.evaluate(models)
-    reports = {name: report for name, (report, _) in results.items()}
+    with progress_bar() as progress:
+        results, seconds = run_jobs(stages(config), progress)
+    console.print(results["data"])
+    evaluated: dict[str, Result] = {
+        agent.title: results[f"eval {name}"] for name, agent in AGENTS.items()
+    }
+    reports = {title: report for title, (report, _) in evaluated.items()}
     console.print(comparison(reports, config.eval_tasks))
-    sft = {name: out / name.lower() for name in ("SFT-success", "Retry-SFT", "RoT-SFT")}
-    rl = {name: out / name.lower() for name in ("GRPO", "ReGRPO")}
-    plot_curves(sft, rl, out / "curves.png")
+    runs = {agent.title: out / name for name, agent in AGENTS.items()}
+    rl = {title: runs.pop(title) for title in ("GRPO", "ReGRPO")}
+    plot_curves(runs, rl, out / "curves.png")
     plot_table(reports, out / "table.png", f"{config.eval_tasks} held-out tasks, 95 % intervals")
-    episodes = results["ReGRPO"][1]
+    episodes = evaluated["ReGRPO"][1]
     write_records(out / "transcripts.jsonl", (transcript(t) for t in episodes))
+    minutes = (time.perf_counter() - began) / 60
     summary = {
         "reports": {name: report.to_dict() for name, report in reports.items()},
-        "seconds": demo.times,
+        "seconds": seconds,
+        "minutes": minutes,
     }
     write_atomically(out / "results.json", json.dumps(summary, indent=2) + "\n")
     shown = examples(episodes)
@@ -167,11 +230,11 @@ def run_demo(config: DemoConfig) -> None:
         folder.mkdir()
         assert not isinstance(example.workspace, Path)
         build_workspace(folder, example.workspace)
-    minutes = (time.perf_counter() - began) / 60
     console.print(f"{minutes:.1f} minutes; table.png, curves.png and results.json are in {out}")
     console.print("Ask the trained agent about the files of a folder:", style="bold")
     console.print(
-        f'  regrpo run --model {models["ReGRPO"]} --workspace {folder} --task "{example.question}"',
+        f"  regrpo run --model {out / 'regrpo' / 'model'} --workspace {folder} "
+        f'--task "{example.question}"',
         soft_wrap=True,
     )
 
@@ -187,7 +250,7 @@ def comparison(reports: Mapping[str, Report], count: int) -> Table:
     return table
 
 
-def examples(episodes: list[Trajectory]) -> dict[str, Trajectory]:
+def examples(episodes: Sequence[Trajectory]) -> dict[str, Trajectory]:
     """A one-shot success, a recovery and a failure, the first of each there is."""
     kinds = {
         "a one-shot success": lambda t: t.success and not any(u.correction for u in t.turns),

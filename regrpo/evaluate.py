@@ -152,8 +152,8 @@ def held_out(config: EvalConfig, environment: Environment) -> list[Demonstration
     return demonstrate(environment, tasks, seed=config.seed)[0]
 
 
-def run_eval(config: EvalConfig, environment: Environment) -> str:
-    """Evaluates a model, writes report.json and transcripts.jsonl; returns the report as text."""
+def evaluate_model(config: EvalConfig, environment: Environment) -> tuple[Report, list[Trajectory]]:
+    """Loads and evaluates a model on the held-out tasks of a configuration."""
     policy = LocalPolicy(
         load_model(config.model).eval(),
         load_tokenizer(config.model),
@@ -162,9 +162,12 @@ def run_eval(config: EvalConfig, environment: Environment) -> str:
         seed=config.seed,
     )
     demonstrations = held_out(config, environment)
-    report, episodes = evaluate(
-        policy, environment, demonstrations, reflect=config.reflect, seed=config.seed
-    )
+    return evaluate(policy, environment, demonstrations, reflect=config.reflect, seed=config.seed)
+
+
+def run_eval(config: EvalConfig, environment: Environment) -> str:
+    """Evaluates a model, writes report.json and transcripts.jsonl; returns the report as text."""
+    report, episodes = evaluate_model(config, environment)
     if config.out is not None:
         out = Path(config.out)
         write_atomically(out / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")

@@ -4,10 +4,8 @@ Each is one token of the small tokenizer, so that copying an identifier is copyi
 """
 
 NAMES: tuple[str, ...] = (
-    "agate", "alder", "amber", "anise", "aspen", "aster", "basil", "beech",
-    "birch", "bison", "camel", "cedar", "clove", "cobra", "coral", "crane",
-    "daisy", "eagle", "ember", "fern", "finch", "flint", "gecko", "ginger",
-    "goose", "hazel", "heron", "holly", "ibis", "iris", "jade", "koala",
-    "larch", "lemon", "lilac", "lotus", "mango", "maple", "newt", "oak",
-    "olive", "onyx", "otter", "pearl", "quail", "raven", "tulip", "zebra",
+    "agate", "alder", "amber", "aspen", "basil", "birch", "camel", "cedar",
+    "clove", "coral", "crane", "daisy", "eagle", "ember", "fern", "finch",
+    "flint", "gecko", "ginger", "hazel", "heron", "iris", "jade", "larch",
+    "lemon", "lotus", "maple", "oak", "olive", "pearl", "raven", "tulip",
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The small base model: tokenizer from the tasks' own text, weights pretrained on copying.
 
-A training sequence is a short random string of symbols, repeated. Predicting a repetition takes
+A training sequence is a random string of symbols and its repetitions. Predicting a repetition takes
 looking up what followed the symbol before (induction), which is all that is taught here: no task
 text, no tool, no format.
 """
@@ -26,22 +26,49 @@ from regrpo.tasks import generate_tasks
 from regrpo.trainer import Run
 from regrpo_kernels import Segment
 
-SEQUENCES = 36
-LENGTH = 56
+SEQUENCES = 32
+LENGTH = 60
 
 
-def copying_batch(rng: random.Random, symbols: list[int]) -> PackedBatch:
-    """Strings of 3 to 20 different symbols, repeated; their first occurrence is not trained."""
-    trajectories = []
-    for _ in range(SEQUENCES):
-        string = rng.sample(symbols, rng.randint(3, 20))
-        copies = string * (LENGTH // len(string) + 1)
-        trajectory = TokenizedTrajectory()
-        # The first symbol of the first copy cannot be known: it is given as well.
-        trajectory.extend([*string, string[0]], Segment.CONTEXT)
-        trajectory.extend(copies[1 : LENGTH - len(string)], Segment.ACTION)
-        trajectories.append(trajectory)
-    return collate(trajectories)
+def copying_batch(
+    rng: random.Random, symbols: list[int], separators: list[int], separated_share: float
+) -> PackedBatch:
+    """Strings of different symbols and their repetitions, a share of them with separators.
+
+    Plain strings are repeated whole; of separated ones stretches come back, from anywhere. Only
+    what the first occurrence determines is trained.
+    """
+    return collate(
+        [
+            _separated(rng, symbols, rng.choice(separators))
+            if rng.random() < separated_share
+            else _plain(rng, symbols)
+            for _ in range(SEQUENCES)
+        ]
+    )
+
+
+def _plain(rng: random.Random, symbols: list[int]) -> TokenizedTrajectory:
+    string = rng.sample(symbols, rng.randint(3, 16))
+    copies = string * (LENGTH // len(string) + 1)
+    trajectory = TokenizedTrajectory()
+    trajectory.extend([*string, string[0]], Segment.CONTEXT)
+    trajectory.extend(copies[1 : LENGTH - len(string)], Segment.ACTION)
+    return trajectory
+
+
+def _separated(rng: random.Random, symbols: list[int], separator: int) -> TokenizedTrajectory:
+    string = rng.sample(symbols, rng.randint(3, 10))
+    trajectory = TokenizedTrajectory()
+    for symbol in string:
+        trajectory.extend([symbol, separator], Segment.CONTEXT)
+    while len(trajectory) < LENGTH:
+        start = rng.randrange(len(string) - 1)
+        trajectory.extend([string[start], separator], Segment.CONTEXT)
+        for symbol in string[start + 1 : start + 1 + rng.randint(1, 4)]:
+            trajectory.extend([symbol], Segment.ACTION)
+            trajectory.extend([separator], Segment.CONTEXT)
+    return trajectory
 
 
 def task_tokenizer(config: PretrainConfig, environment: Environment) -> Qwen2Tokenizer:
@@ -66,6 +93,7 @@ def run_pretrain(
     )
     vocabulary_ids = tokenizer.get_vocab()
     symbols = [vocabulary_ids[name] for name in NAMES]
+    separators = sorted(set(vocabulary_ids.values()) - set(symbols))
     embeddings, _ = head(model)  # tied
     initial = embeddings.detach().clone()
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
@@ -76,7 +104,9 @@ def run_pretrain(
         )
         while run.step < config.steps:
             rng = random.Random(f"{config.seed}-{run.step}")
-            batch = copying_batch(rng, symbols).to(run.device)
+            # Separators come once plain copying is under way; from the start they only delay it.
+            share = 0.6 if run.step > 0.35 * config.steps else 0.0
+            batch = copying_batch(rng, symbols, separators, share).to(run.device)
             count = batch.loss_mask.sum()
             loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, count).loss
             loss.backward()
@@ -85,8 +115,8 @@ def run_pretrain(
             run.finish_step(config.save_every)
             if progress and bar is not None:
                 progress.update(bar, advance=1, description=f"pretrain loss {loss.item():.3f}")
-        # Tokens that never occurred have only been pushed away, all in one direction, which would
-        # make them look alike to whatever is learned next.
+        # Tokens that were never predicted have only been pushed away, all in one direction, which
+        # would make them look alike to whatever is learned next.
         with torch.no_grad():
             initial[symbols] = embeddings[symbols]
             embeddings.copy_(initial)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from regrpo.config import SFTConfig, SourceConfig
 from regrpo.losses import policy_loss
 from regrpo.modeling import head, hidden_states, load_model, load_tokenizer
-from regrpo.packing import best_fit_decreasing, collate
+from regrpo.packing import collate
 from regrpo.records import Record, read_records
 from regrpo.segments import TokenizedTrajectory, tokenize_conversation
 from regrpo.tool_calls import reflection_span
@@ -86,15 +86,24 @@ def load_trajectories(
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices of at most ``batch_tokens``; every epoch packs a new order."""
+    """Endless batches of indices, in a new random order every epoch, cut at ``batch_tokens``.
+
+    Batches are drawn, not optimised: best-fit packs hold sequences of one length, hence of one kind
+    of task, and training on them is worse by far (docs/log.md).
+    """
     epoch = 0
     while True:
         rng = random.Random(f"{seed}-{epoch}")
-        order = rng.sample(range(len(lengths)), len(lengths))
-        packs = best_fit_decreasing([lengths[i] for i in order], batch_tokens)
-        rng.shuffle(packs)
-        for pack in packs:
-            yield [order[i] for i in pack]
+        batch: list[int] = []
+        room = batch_tokens
+        for index in rng.sample(range(len(lengths)), len(lengths)):
+            if lengths[index] > room:
+                yield batch
+                batch, room = [], batch_tokens
+            batch.append(index)
+            room -= lengths[index]
+        if batch:
+            yield batch
         epoch += 1
 
 
