@@ -95,7 +95,11 @@ def run_pretrain(
     symbols = [vocabulary_ids[name] for name in NAMES]
     separators = sorted(set(vocabulary_ids.values()) - set(symbols))
     embeddings, _ = head(model)  # tied
-    initial = embeddings.detach().clone()
+    # Tokens that are never predicted would all be pushed away in one direction. That marks them, so
+    # copying would work behind those marks only, and they would look alike to what is learned next.
+    learned = torch.zeros(len(tokenizer), 1)
+    learned[symbols] = 1.0
+    embeddings.register_hook(lambda gradient: gradient * learned.to(gradient.device))
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
         bar = (
             progress.add_task("pretrain", total=config.steps, completed=run.step)
@@ -115,10 +119,5 @@ def run_pretrain(
             run.finish_step(config.save_every)
             if progress and bar is not None:
                 progress.update(bar, advance=1, description=f"pretrain loss {loss.item():.3f}")
-        # Tokens that were never predicted have only been pushed away, all in one direction, which
-        # would make them look alike to whatever is learned next.
-        with torch.no_grad():
-            initial[symbols] = embeddings[symbols]
-            embeddings.copy_(initial)
         run.save_model()
         return str(run.model_path)
