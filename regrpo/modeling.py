@@ -114,10 +114,21 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one, the CPU otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(model: torch.nn.Module, device: torch.device | str | None = None) -> None:
+    """Moves a model to a device; None is ``default_device()``."""
+    model.to(default_device() if device is None else device)
+
+
 def load_model(
     name_or_path: str,
     *,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
     lora_rank: int = 0,
     lora_alpha: int = 32,
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -127,6 +138,7 @@ def load_model(
     Args:
         name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its
             base.
+        device: where its weights go; None for ``default_device()``.
         lora_rank: 0 trains all weights; of an adapter that is loaded, the adapter.
 
     Raises:
@@ -149,9 +161,11 @@ def load_model(
                 f"lora_rank is {lora_rank}, but {name_or_path} holds an adapter of rank {rank}; "
                 "expected the same, or 0"
             )
+        place(adapted, device)
         return adapted
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     _require_supported(model)
+    place(model, device)
     if lora_rank == 0:
         return model
     lora = LoraConfig(

@@ -15,7 +15,7 @@ from regrpo.config import PretrainConfig
 from regrpo.data_engine.build import build
 from regrpo.environment import Environment
 from regrpo.losses import policy_loss
-from regrpo.modeling import head, hidden_states
+from regrpo.modeling import head, hidden_states, place
 from regrpo.names import NAMES
 from regrpo.packing import PackedBatch, collate
 from regrpo.prompts import REFLECTION_OPENER
@@ -91,6 +91,7 @@ def run_pretrain(
         num_heads=config.num_heads,
         seed=config.seed,
     )
+    place(model)
     vocabulary_ids = tokenizer.get_vocab()
     symbols = [vocabulary_ids[name] for name in NAMES]
     separators = sorted(set(vocabulary_ids.values()) - set(symbols))

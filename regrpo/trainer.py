@@ -110,13 +110,16 @@ class Run:
         if not found:
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
             return
-        state = torch.load(found[-1] / "state.pt", weights_only=True)
+        # Generator states stay on the CPU; what belongs to the model is copied to its device.
+        state = torch.load(found[-1] / "state.pt", weights_only=True, map_location="cpu")
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for name, value in state["model"].items():
                 trained[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
         # Steps behind the checkpoint are done again; their metrics come again with them.
         path = self.out / "metrics.jsonl"
@@ -167,15 +170,15 @@ class Run:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        torch.save(
-            {
-                "step": self.step,
-                "model": {name: p.detach() for name, p in trained.items()},
-                "optimizer": self.optimizer.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-            },
-            partial / "state.pt",
-        )
+        state = {
+            "step": self.step,
+            "model": {name: p.detach() for name, p in trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":  # dropout draws there
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        torch.save(state, partial / "state.pt")
         os.replace(partial, final)
         for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
@@ -17,8 +18,10 @@ from transformers import (
 )
 
 from regrpo.modeling import (
+    VARLEN,
     attention,
     base_model,
+    default_device,
     head,
     hidden_states,
     load_model,
@@ -166,6 +169,29 @@ def test_adapter_off_is_the_base_model_and_a_saved_adapter_loads(tmp_path, packe
     assert torch.equal(hidden_states(plain, packed), adapted)
     with pytest.raises(ValueError, match=r"lora_rank is 8, but .* an adapter of rank 4"):
         load_model(str(tmp_path / "adapter"), lora_rank=8)
+
+
+def test_models_load_to_the_device_asked_for_or_the_best(tmp_path):
+    for rank in (0, 4):
+        folder = tmp_path / str(rank)
+        assert base_model(random_model("qwen2", folder, lora_rank=rank)).device == default_device()
+        model = random_model("qwen2", folder, lora_rank=rank, device="meta")
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_packed_attention_stays_on_the_device_of_its_inputs(packed):
+    """Where there is no GPU, the meta device stands for one: it refuses tensors of the CPU."""
+    query, key = (
+        torch.empty(1, heads, len(packed.labels), 8, device="meta", requires_grad=True)
+        for heads in (4, 2)
+    )
+    bounds = packed.to("meta").cu_seqlens
+    function = AttentionInterface()[VARLEN]
+    out, _ = function(None, query, key, key, None, cu_seq_lens_q=bounds, max_length_q=17)
+    out.sum().backward()
+    assert out.device == query.grad.device == torch.device("meta")
+    assert out.shape == (1, len(packed.labels), 4, 8)
 
 
 def save(config, folder):
