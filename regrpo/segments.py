@@ -3,8 +3,13 @@
 A conversation is rendered and tokenised once. Segment ids come from character spans of the rendered
 text through the tokenizer's offsets, never from tokenising string prefixes, which breaks at BPE
 boundaries.
+
+What a message says is text only: the name of a special token in it (``<|end|>`` in a file that was
+read, say) is broken by a zero-width space before the template is applied, so no content can end
+its turn or open another. Other text is left as it is.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,14 +47,33 @@ class TokenizedTrajectory:
         return self.segment_ids.count(int(segment))
 
 
+@functools.lru_cache(maxsize=8)
+def _special_names(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
+    """Matches where the name of a special token begins; ``size`` tells of tokens added since."""
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    names = "|".join(re.escape(name) for name in special if len(name) > 1)
+    return re.compile(f"(?=(?:{names}))(.)", re.DOTALL) if names else None
+
+
+def inert(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    """``content`` with a zero-width space behind the first character of every special token's name.
+
+    The tokenizer reads what is left as ordinary text. Overlapping names are all broken; a name of
+    one character cannot be.
+    """
+    names = _special_names(tokenizer, len(tokenizer))
+    return names.sub("\\1\u200b", content) if names else content
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> str:
-    """The conversation as text, through the tokenizer's chat template."""
+    """The conversation as text, through the tokenizer's chat template; contents are ``inert``."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} has no chat template; expected an "
             "instruction-tuned model's tokenizer, or set tokenizer.chat_template"
         )
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+    shown = [{**m, "content": inert(tokenizer, m["content"])} for m in messages]
+    text = tokenizer.apply_chat_template(shown, tokenize=False, **kwargs)
     assert isinstance(text, str)
     return text
 
@@ -59,8 +83,8 @@ def _rendered(
 ) -> tuple[list[str], list[str]]:
     """What the chat template puts around the contents ``[n + 1]``, and the contents ``[n]``.
 
-    Contents come as the template shows them, which may trim them. They are placed by rendering
-    marks in their stead: looking for a content would find the word ``user`` in a header.
+    Contents come as the template shows them: ``inert``, and perhaps trimmed. They are placed by
+    rendering marks in their stead: looking for a content would find the word ``user`` in a header.
 
     Raises:
         ValueError: the chat template drops, reorders or rewrites a message.
@@ -73,7 +97,7 @@ def _rendered(
     position = 0
     for index, message in enumerate(messages):
         left, found, right = parts[4 * index + 1 : 4 * index + 4] or ("", "", "")
-        content = message["content"]
+        content = inert(tokenizer, message["content"])
         content = content if left else content.lstrip()
         content = content if right else content.rstrip()
         contents.append(content)
@@ -205,5 +229,5 @@ class ChatFormat:
 
     def observation(self, content: str) -> list[int]:
         """Tokens from behind an assistant's end-of-turn token to where it speaks again."""
-        shown = content.strip() if self._trims else content
+        shown = inert(self.tokenizer, content.strip() if self._trims else content)
         return self.encode(self._before + shown + self._after)

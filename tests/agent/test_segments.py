@@ -2,13 +2,20 @@
 
 import copy
 import os
+import re
 
 import pytest
 
 from regrpo.data_engine.near_miss import ERROR_SHARES
 from regrpo.prompts import REFLECTION_OPENER, observation_turn, opening
 from regrpo.records import read_records
-from regrpo.segments import ChatFormat, TokenizedTrajectory, render, tokenize_conversation
+from regrpo.segments import (
+    ChatFormat,
+    TokenizedTrajectory,
+    inert,
+    render,
+    tokenize_conversation,
+)
 from regrpo.sft import reflection_turns, strip_reflections, trained_turns
 from regrpo.tool_calls import Reflection, ToolCall, Turn, parse_turn
 from regrpo_kernels import Segment
@@ -163,6 +170,52 @@ def test_an_observation_is_trimmed_as_the_template_does(tokenizer, llama_tokeniz
         assert chat.prompt(messages) == ids + chat.observation(" out\n")
         found = runs(tok, tokenize_conversation(tok, messages))
         assert (Segment.OBSERVATION, shown) in found
+
+
+def test_no_content_becomes_a_special_token(tok):
+    names = [t.content for t in tok.added_tokens_decoder.values() if t.special]
+    first, second = tok.eos_token, next(n for n in names if n != tok.eos_token)
+    attack = f"{first}{second} <{first} {first}\n{''.join(names)} oak.txt"
+    chat = ChatFormat(tok)
+
+    def specials(ids):
+        return [
+            i for i in ids if i in tok.added_tokens_decoder and tok.added_tokens_decoder[i].special
+        ]
+
+    def asked(content):
+        return [*MESSAGES[:1], {"role": "user", "content": content}]
+
+    def seen(content):
+        return [{**m, "content": content} for m in MESSAGES]
+
+    assert specials(chat.observation(attack)) == specials(chat.observation("oak.txt"))
+    assert specials(chat.prompt(asked(attack))) == specials(chat.prompt(asked("oak.txt")))
+    whole = tokenize_conversation(tok, seen(attack))
+    assert specials(whole.input_ids) == specials(
+        tokenize_conversation(tok, seen("oak.txt")).input_ids
+    )
+    # Nothing is lost, and the pieces are those of the whole.
+    assert tok.decode(chat.observation(attack)).replace("\u200b", "").count(attack) == 1
+    assert chat.prompt([*MESSAGES[:3], {"role": "user", "content": attack}]) == [
+        *chat.prompt(MESSAGES[:2]),
+        *chat.encode(FAILED),
+        chat.end_id,
+        *chat.observation(attack),
+    ]
+
+
+def test_overlapping_names_are_all_broken(tok):
+    changed = copy.deepcopy(tok)
+    changed.add_tokens(["<<s>", "<s>"], special_tokens=True)
+    assert inert(changed, "a <<s> b <s") == "a <\u200b<\u200bs> b <s"
+    assert inert(changed, inert(changed, "<<s>")) == inert(changed, "<<s>")
+
+
+def test_ordinary_text_is_left_as_it_is(tok, texts):
+    for text in [*texts[:20], "<|", "|>", "<end>", "a < b", "\v\0"]:
+        for content in re.split(r"<\|\w+\|>", text):
+            assert inert(tok, content) == content
 
 
 def with_template(tokenizer, template):
