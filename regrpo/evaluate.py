@@ -14,7 +14,7 @@ from regrpo.environment import Environment
 from regrpo.modeling import load_model, load_tokenizer
 from regrpo.records import write_atomically, write_records
 from regrpo.report import transcript
-from regrpo.rollout import Policy, Trajectory, run, task_start
+from regrpo.rollout import Policy, Trajectory, run, same_answer, task_start
 from regrpo.sampling import LocalPolicy
 from regrpo.tasks import SERIAL_FAMILIES, generate_tasks
 from regrpo.tools import Status
@@ -68,7 +68,7 @@ class Report:
         success: the final answer is right.
         first_try: right, without a failed call on the way.
         recovery_own: of the steps whose call failed, those where the correction observed what the
-            reference call observes.
+            reference call of that step observes (of the last step: the answer).
         recovery_forced: the same after an executed near-miss, from states of the reference
             trajectory.
         unneeded: turns that hold a reflection though nothing had failed, of all turns behind no
@@ -117,7 +117,8 @@ def evaluate(
     forced = run(policy, environment, starts, reflect=reflect, whole=False)
     own = [
         turn.observation.status is Status.OK
-        and turn.observation.text in {o.text for o in demo.observations}
+        and turn.step < len(demo.observations)
+        and same_answer(turn.observation.text, demo.observations[turn.step].text)
         for demo, episode in zip(demonstrations, episodes, strict=True)
         for turn in episode.turns
         if turn.correction

@@ -20,7 +20,8 @@ class Oracle:
     """Acts from the task's reference: walks into its traps, then repairs as it is told to.
 
     Args:
-        repair: "right", "wrong" (fails again) or "other" (works, but is not what was asked).
+        repair: "right", "wrong" (fails again), "other" (works, but is not what was asked) or "last"
+            (what the last step of the reference calls).
         needless: writes a reflection on every turn.
     """
 
@@ -49,6 +50,7 @@ class Oracle:
                 "right": reference.call,
                 "wrong": ToolCall("read_file", ("nothing.txt",)),
                 "other": ToolCall("calculator", ("1 + 1",)),
+                "last": demo.task.steps[-1].call,
             }[self.repair]
             text = Turn(reflection, "?", call).render()
             if turns[-1].startswith(REFLECTION_OPENER):
@@ -113,6 +115,20 @@ def test_repairs_that_do_not_repair(tokenizer, environment, held_out, repair):
         assert all(len(e.turns) >= 2 for e in episodes)
         # A correction that fails is the end.
         assert all(e.success or e.turns[-1].correction for e in episodes)
+
+
+def test_what_another_step_observes_is_no_recovery(tokenizer, environment, held_out):
+    policy = Oracle(tokenizer, held_out, repair="last")
+    report, episodes = evaluate(policy, environment, held_out, reflect=True)
+    assert report.success.percent == 100  # the answer, out of nowhere
+    same = [
+        demo.observations[turn.step].text == demo.task.answer
+        for demo, episode in zip(held_out, episodes, strict=True)
+        for turn in episode.turns
+        if turn.correction
+    ]
+    assert report.recovery_own == rate(same)
+    assert report.recovery_own.percent < 20
 
 
 def test_needless_reflections_are_counted(tokenizer, environment, held_out):
