@@ -99,6 +99,12 @@ def _require_folder_or_name(name_or_path: str) -> None:
         )
 
 
+def _absolute(name_or_path: str) -> str:
+    """A folder's absolute path, which an adapter on it keeps; a hub name as it is."""
+    path = Path(name_or_path)
+    return str(path.resolve()) if path.is_dir() else name_or_path
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads a fast tokenizer; offsets are needed to place segments.
 
@@ -137,7 +143,7 @@ def load_model(
 
     Args:
         name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its
-            base.
+            base. An adapter on a folder keeps the folder's absolute path.
         device: where its weights go; None for ``default_device()``.
         lora_rank: 0 trains all weights; of an adapter that is loaded, the adapter.
 
@@ -155,7 +161,9 @@ def load_model(
             name_or_path, dtype=dtype, is_trainable=True
         )
         _require_supported(base_model(adapted))
-        rank = adapted.active_peft_config.r
+        adapter = adapted.active_peft_config
+        adapter.base_model_name_or_path = _absolute(adapter.base_model_name_or_path)
+        rank = adapter.r
         if lora_rank not in (0, rank):
             raise ValueError(
                 f"lora_rank is {lora_rank}, but {name_or_path} holds an adapter of rank {rank}; "
@@ -163,7 +171,7 @@ def load_model(
             )
         place(adapted, device)
         return adapted
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(_absolute(name_or_path), dtype=dtype)
     _require_supported(model)
     place(model, device)
     if lora_rank == 0:

@@ -1,6 +1,8 @@
 """Packed forward against one sequence at a time, in fp64, over architectures and adapters."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +171,24 @@ def test_adapter_off_is_the_base_model_and_a_saved_adapter_loads(tmp_path, packe
     assert torch.equal(hidden_states(plain, packed), adapted)
     with pytest.raises(ValueError, match=r"lora_rank is 8, but .* an adapter of rank 4"):
         load_model(str(tmp_path / "adapter"), lora_rank=8)
+
+
+def test_a_saved_adapter_loads_from_any_working_directory(tmp_path, packed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_model("qwen2", "base")
+    model = randomised(load_model("base", dtype=torch.float64, lora_rank=4))
+    expected = hidden_states(model, packed)
+    model.save_pretrained("adapter")
+    # An adapter that was saved elsewhere may hold a relative path; saved again, it does not.
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    config["base_model_name_or_path"] = "base"
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    load_model("adapter", dtype=torch.float64).save_pretrained("again")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = load_model("../again", dtype=torch.float64)
+    assert torch.equal(hidden_states(again, packed), expected)
 
 
 def test_models_load_to_the_device_asked_for_or_the_best(tmp_path):
