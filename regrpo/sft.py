@@ -119,7 +119,8 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
     for reason, count in skipped.items():
         print(f"left out {count} records: {reason}")
     model.train()
-    with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
+    files = [source.path for source in config.data]
+    with Run(config.out, config, model, tokenizer, config.optim, config.steps, files) as run:
         task = (
             progress.add_task("sft", total=config.steps, completed=run.step) if progress else None
         )

@@ -1,10 +1,11 @@
 """What SFT and RL share: optimizer, schedule, metrics, checkpoints, exact resume."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Run:
     """A training run in a folder: ``config.json, metrics.jsonl``, checkpoints and the model.
 
     Resumes by itself: a folder that holds a checkpoint of the same configuration goes on from it,
-    bit for bit. One of another configuration is refused.
+    bit for bit. One of another configuration, or whose ``data_files`` have changed, is refused.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         optim: OptimConfig,
         steps: int,
+        data_files: Sequence[str] = (),
     ):
         self.out = Path(out)
         self.model = model
@@ -64,7 +66,10 @@ class Run:
         self.optimizer = build_optimizer(model, optim)
         self.step = 0
         # Not where it is: a folder may be moved, or named from elsewhere.
-        self._claim({key: value for key, value in asdict(config).items() if key != "out"})
+        claimed = {key: value for key, value in asdict(config).items() if key != "out"}
+        if data_files:
+            claimed["sha256"] = {path: _sha256(path) for path in data_files}
+        self._claim(claimed)
         self._resume()
         self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
@@ -100,7 +105,7 @@ class Run:
             now = dict(_flat(json.loads(text)))
             keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
             raise RunError(
-                f"{self.out} holds a run with another configuration (differs in: "
+                f"{self.out} holds a run with another configuration or data (differs in: "
                 f"{', '.join(keys)}); choose another out, or delete the folder"
             )
         write_atomically(path, text)
@@ -196,6 +201,10 @@ def save_pretrained(model: CausalLM, tokenizer: PreTrainedTokenizerBase, path: P
     tokenizer.save_pretrained(partial)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def mean(values: Iterable[float]) -> float:

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from runs import sft_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from regrpo.config import OptimConfig
 from regrpo.data_engine.build import build, demonstrate
 from regrpo.environment import LocalEnvironment
 from regrpo.names import NAMES
 from regrpo.prompts import REFLECTION_OPENER
+from regrpo.records import write_records
+from regrpo.sft import run_sft
 from regrpo.small_model import build_model, build_tokenizer, render_template
 from regrpo.tasks import generate_tasks
 
@@ -81,6 +85,20 @@ def llama_tokenizer(texts):
 def model(tokenizer):
     """Two layers of width 32, randomly initialised."""
     return build_model(tokenizer, hidden_size=32, num_layers=2, num_heads=2, seed=0).eval()
+
+
+@pytest.fixture(scope="session")
+def base(tokenizer, corpus, tmp_path_factory):
+    """A folder with a model that writes a turn now and then, `model`, and data, `rot.jsonl`."""
+    folder = tmp_path_factory.mktemp("base")
+    model = build_model(tokenizer, hidden_size=32, num_layers=2, num_heads=2, seed=0)
+    model.save_pretrained(folder / "random")
+    tokenizer.save_pretrained(folder / "random")
+    write_records(folder / "rot.jsonl", corpus.rot[:24])
+    optim = OptimConfig(lr=1e-2)
+    config = sft_config(folder, folder, model=str(folder / "random"), steps=40, optim=optim)
+    assert run_sft(config) == str(folder / "model")
+    return folder
 
 
 @pytest.fixture(autouse=True)
