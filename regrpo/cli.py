@@ -8,7 +8,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from regrpo import config as settings
 from regrpo.errors import RunError
-from regrpo.progress import progress_bar
+from regrpo.progress import disable_loading_bars, progress_bar
 
 # torch and transformers take seconds to import: each command imports what it runs, so that
 # --help is quick.
@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = ["data", parsed.data.data_command] if parsed.command == "data" else [parsed.command]
     commands = DATA_COMMANDS if parsed.command == "data" else COMMANDS
     config_type, action = next((c, a) for n, c, a, _ in commands if n == names[-1])
+    disable_loading_bars()
     try:
         values = vars(parser.instantiate(parsed)[".".join(names)])
         action(config_type(**{k: v for k, v in values.items() if k != "config"}))

@@ -37,7 +37,7 @@ from regrpo.environment import LocalEnvironment
 from regrpo.evaluate import Report, evaluate_model
 from regrpo.plots import COLUMNS, cell, plot_curves, plot_table
 from regrpo.pretrain import run_pretrain
-from regrpo.progress import progress_bar
+from regrpo.progress import disable_loading_bars, progress_bar
 from regrpo.records import write_atomically, write_records
 from regrpo.report import print_transcript, transcript
 from regrpo.rl import run_rl
@@ -61,6 +61,7 @@ class Job:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    disable_loading_bars()
 
 
 def _pretrain(config: PretrainConfig) -> str:

@@ -82,6 +82,14 @@ def test_an_agent_works_on_a_folder(chain, tmp_path, capsys):
     assert "no answer" in fails(capsys, "run", "--task", "What is it?", *workspace)
 
 
+def test_no_bars_of_transformers(chain, tmp_path, capfd):
+    main(["eval", "--model", str(chain / "rl/model"), "--count", "1", "--max_new_tokens", "1"])
+    assert "Loading weights" not in capfd.readouterr().err
+    arguments = ["sft", "--config", str(chain / "sft.yaml"), "--out", str(tmp_path), "--steps", "1"]
+    main([*arguments, "--optim.warmup_steps", "1"])
+    assert "shards" not in capfd.readouterr().err
+
+
 COMMANDS = ["", "data", "data build", "pretrain", "sft", "train", "eval", "run", "demo"]
 
 
