@@ -105,7 +105,7 @@ class PretrainConfig:
     num_layers: int = 3
     num_heads: int = 1
     tokenizer_tasks: int = 1200
-    steps: int = 1000
+    steps: int = 900
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
     seed: int = 0
@@ -175,6 +175,8 @@ class SFTConfig:
         steps: optimizer steps.
         batch_tokens: tokens a step, at most.
         max_length: longest sequence; longer ones are counted and left out.
+        rehearsal: in-context copying sequences a step, beside the data; keeps a small base model
+            from forgetting what it was pretrained on.
         optim: the optimizer.
         lora: adapter settings.
         save_every: steps between checkpoints.
@@ -187,6 +189,7 @@ class SFTConfig:
     steps: int = 400
     batch_tokens: int = 4096
     max_length: int = 1024
+    rehearsal: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     save_every: int = 100
@@ -360,7 +363,7 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seed: int = 0
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 900
     data_tasks: int = 12000
     sft_steps: int = 400
     rl_steps: int = 100

@@ -110,7 +110,9 @@ def stages(config: DemoConfig) -> dict[str, Job]:
             out=str(out / name),
             data=sources,
             steps=config.sft_steps,
-            optim=OptimConfig(lr=3e-3, warmup_steps=20),
+            batch_tokens=3072,
+            rehearsal=14,
+            optim=OptimConfig(lr=2e-3, warmup_steps=20),
             seed=config.seed,
         )
         jobs[name] = Job(run_sft, sft, after=("base", "data"), steps=config.sft_steps)
