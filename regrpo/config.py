@@ -62,7 +62,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay.
+    """AdamW with linear warm-up, a plateau, and linear decay over the second half.
 
     Args:
         lr: peak learning rate.
@@ -74,7 +74,7 @@ class OptimConfig:
 
     lr: float = 1e-3
     warmup_steps: int = 10
-    final_lr_share: float = 0.1
+    final_lr_share: float = 0.02
     weight_decay: float = 0.01
     grad_clip: float = 1.0
 
@@ -105,7 +105,7 @@ class PretrainConfig:
     num_layers: int = 3
     num_heads: int = 1
     tokenizer_tasks: int = 1200
-    steps: int = 900
+    steps: int = 1000
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
     seed: int = 0
@@ -363,7 +363,7 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seed: int = 0
-    pretrain_steps: int = 900
+    pretrain_steps: int = 1000
     data_tasks: int = 12000
     sft_steps: int = 400
     rl_steps: int = 100

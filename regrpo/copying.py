@@ -57,7 +57,7 @@ class Copying:
     def _pairs(self, rng: random.Random, symbols: list[int]) -> TokenizedTrajectory:
         names = rng.sample(symbols, rng.randint(6, 15))
         inside, between = rng.sample(self.separators, 2)
-        edges = []
+        edges: list[tuple[int, int]] = []
         while len(names) > 1:
             chain = [names.pop() for _ in range(min(len(names), rng.randint(2, 5)))]
             edges += itertools.pairwise(chain)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,12 +32,11 @@ def build_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Linear warm-up, then cosine decay to ``final_lr_share`` of the peak."""
+    """Linear warm-up, a plateau, and linear decay over the second half of the steps."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
+    decay = min(1.0, 2 * (1 - step / steps))
+    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * decay)
 
 
 class Run:

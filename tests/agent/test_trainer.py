@@ -119,11 +119,12 @@ def test_wrong_inputs_are_errors_before_anything_is_written(base, tmp_path):
 
 def test_learning_rate():
     config = OptimConfig(lr=1.0, warmup_steps=4, final_lr_share=0.1)
-    rates = [learning_rate(step, 24, config) for step in range(24)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[14] == pytest.approx(0.55)
-    assert all(a >= b for a, b in pairwise(rates[4:]))
-    assert learning_rate(24, 24, config) == pytest.approx(0.1)
+    rates = [learning_rate(step, 24, config) for step in range(25)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:13] == [1.0] * 9
+    assert rates[12:] == sorted(rates[12:], reverse=True)
+    assert rates[18] == pytest.approx(0.55)
+    assert rates[24] == pytest.approx(0.1)
     assert learning_rate(0, 1, OptimConfig(lr=1.0, warmup_steps=0)) == 1.0
 
 
