@@ -364,7 +364,7 @@ class DemoConfig:
     out: str = "runs/demo"
     seed: int = 0
     pretrain_steps: int = 1000
-    data_tasks: int = 12000
+    data_tasks: int = 8000
     sft_steps: int = 400
     rl_steps: int = 100
     eval_tasks: int = 480
