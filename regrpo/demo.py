@@ -124,6 +124,8 @@ def stages(config: DemoConfig) -> dict[str, Job]:
             out=str(out / name),
             tasks=TaskConfig(seed=10 * config.seed + 2, hops=FULL_HOPS, families=FAMILIES),
             reflect=AGENTS[name].reflect,
+            states=32,
+            group_size=8,
             steps=config.rl_steps,
             seed=config.seed,
         )
