@@ -43,6 +43,7 @@ from regrpo.report import print_transcript, transcript
 from regrpo.rl import run_rl
 from regrpo.rollout import Trajectory
 from regrpo.sft import run_sft
+from regrpo.tasks import SERIAL_FAMILIES
 from regrpo.workspace import build_workspace
 
 WARM_HOPS, FULL_HOPS = (1, 2), (1, 4)
@@ -122,10 +123,11 @@ def stages(config: DemoConfig) -> dict[str, Job]:
         rl = TrainConfig(
             model=model[start],
             out=str(out / name),
-            tasks=TaskConfig(seed=10 * config.seed + 2, hops=FULL_HOPS, families=FAMILIES),
+            tasks=TaskConfig(seed=10 * config.seed + 2, hops=FULL_HOPS, families=SERIAL_FAMILIES),
             reflect=AGENTS[name].reflect,
             states=32,
             group_size=8,
+            forced_share=0.5,
             steps=config.rl_steps,
             seed=config.seed,
         )
