@@ -294,8 +294,8 @@ def generate_tasks(
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown or not families:
         raise ValueError(f"families: got {unknown or 'none'}; expected some of {sorted(FAMILIES)}")
-    if not 1 <= hops[0] <= hops[1] <= 8:
-        raise ValueError(f"hops: got {hops}; expected 1 <= least <= most <= 8")
+    if not 1 <= hops[0] <= hops[1] <= 6:
+        raise ValueError(f"hops: got {hops}; expected 1 <= least <= most <= 6")
     if not 0 <= trap_share <= 1:
         raise ValueError(f"trap_share: got {trap_share}; expected a share between 0 and 1")
     tasks = []
