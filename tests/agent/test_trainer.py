@@ -1,7 +1,5 @@
 """Runs: SFT, RL and pretraining end to end on tiny models."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from peft import PeftModel
