@@ -92,7 +92,7 @@ class PretrainConfig:
         out: folder of the run.
         hidden_size: width.
         num_layers: depth.
-        num_heads: attention heads.
+        num_heads: attention heads; those of the first layer start out looking 1, 2, ... tokens back.
         tokenizer_tasks: generated tasks whose text the tokenizer is built from.
         steps: optimizer steps.
         optim: the optimizer.
@@ -103,9 +103,9 @@ class PretrainConfig:
     out: str
     hidden_size: int = 96
     num_layers: int = 3
-    num_heads: int = 1
+    num_heads: int = 3
     tokenizer_tasks: int = 1200
-    steps: int = 1000
+    steps: int = 400
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
     seed: int = 0
@@ -175,8 +175,6 @@ class SFTConfig:
         steps: optimizer steps.
         batch_tokens: tokens a step, at most.
         max_length: longest sequence; longer ones are counted and left out.
-        rehearsal: in-context copying sequences a step, beside the data; keeps a small base model
-            from forgetting what it was pretrained on.
         optim: the optimizer.
         lora: adapter settings.
         save_every: steps between checkpoints.
@@ -189,7 +187,6 @@ class SFTConfig:
     steps: int = 400
     batch_tokens: int = 4096
     max_length: int = 1024
-    rehearsal: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     save_every: int = 100
@@ -247,6 +244,8 @@ class TrainConfig:
         states: states an update.
         group_size: trajectories a state (K).
         forced_share: share of the states that start behind an executed near-miss.
+        skip_zero_variance: leave groups without any advantage out of the update; what they would
+            add is the KL term.
         epochs: passes over the trajectories of an update.
         batch_tokens: tokens of one forward and backward pass, at most; an update adds them up.
         temperature: of sampling and of the loss.
@@ -271,6 +270,7 @@ class TrainConfig:
     states: int = 24
     group_size: int = 5
     forced_share: float = 0.4
+    skip_zero_variance: bool = True
     epochs: int = 1
     batch_tokens: int = 16384
     temperature: float = 1.0
@@ -363,7 +363,7 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seed: int = 0
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 400
     data_tasks: int = 8000
     sft_steps: int = 400
     rl_steps: int = 60

@@ -1,4 +1,4 @@
-"""In-context copying: what the small base model is pretrained on, and rehearses while fine-tuned.
+"""In-context copying: what the small base model is pretrained on.
 
 Plain strings of symbols come back whole. Pair lists ``a S b T c S d T ...`` come back along their
 edges, ``a S b S ...``, in any order; ``S`` and ``T`` are any two other tokens. A name is the end of
@@ -34,28 +34,22 @@ class Copying:
             )
         vocabulary = tokenizer.get_vocab()
         self.names: list[int] = [i for (i,) in ids]
-        self.numbers = sorted(i for token, i in vocabulary.items() if token.isdigit())
         self.separators = sorted(set(vocabulary.values()) - set(self.names))
 
-    def sequence(
-        self, rng: random.Random, *, pairs_share: float, numbers_share: float = 0.0
-    ) -> TokenizedTrajectory:
-        """One sequence: a pair list with probability ``pairs_share``, else a plain string."""
-        symbols = self.numbers if rng.random() < numbers_share else self.names
-        if rng.random() < pairs_share:
-            return self._pairs(rng, symbols)
-        return self._plain(rng, symbols)
+    def sequence(self, rng: random.Random) -> TokenizedTrajectory:
+        """One sequence: a pair list three times in five, else a plain string."""
+        return self._pairs(rng) if rng.random() < 0.6 else self._plain(rng)
 
-    def _plain(self, rng: random.Random, symbols: list[int]) -> TokenizedTrajectory:
-        string = rng.sample(symbols, rng.randint(3, 16))
+    def _plain(self, rng: random.Random) -> TokenizedTrajectory:
+        string = rng.sample(self.names, rng.randint(3, 16))
         copies = string * (LENGTH // len(string) + 1)
         trajectory = TokenizedTrajectory()
         trajectory.extend([*string, string[0]], Segment.CONTEXT)
         trajectory.extend(copies[1 : LENGTH - len(string)], Segment.ACTION)
         return trajectory
 
-    def _pairs(self, rng: random.Random, symbols: list[int]) -> TokenizedTrajectory:
-        names = rng.sample(symbols, rng.randint(6, 15))
+    def _pairs(self, rng: random.Random) -> TokenizedTrajectory:
+        names = rng.sample(self.names, rng.randint(6, 15))
         inside, between = rng.sample(self.separators, 2)
         edges: list[tuple[int, int]] = []
         while len(names) > 1:

@@ -114,7 +114,6 @@ def stages(config: DemoConfig) -> dict[str, Job]:
             data=sources,
             steps=config.sft_steps,
             batch_tokens=3072,
-            rehearsal=14,
             optim=OptimConfig(lr=2e-3, warmup_steps=20),
             seed=config.seed,
         )

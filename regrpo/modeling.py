@@ -6,7 +6,8 @@ is applied to trained tokens only.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,49 @@ VARLEN = "regrpo_varlen"
 CausalLM = PreTrainedModel | PeftModel
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length, laid side by side as [count, length]."""
+
+    tokens: torch.Tensor  # [n] int64: where their tokens are in the pack
+    slots: torch.Tensor  # [n] int64: where those are in the layout
+    count: int
+    length: int
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, heads, T, D] of the pack -> [count, heads, length, D], zeros behind the ends."""
+        heads, width = x.shape[1], x.shape[3]
+        padded = x.new_zeros(self.count * self.length, heads, width)
+        padded = padded.index_copy(0, self.slots, x[0].transpose(0, 1).index_select(0, self.tokens))
+        return padded.view(self.count, self.length, heads, width).transpose(1, 2)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[count, heads, length, D] -> [n, heads, D]."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
+
+
+def length_buckets(cu_seqlens: torch.Tensor) -> list[Bucket]:
+    """Sorts the sequences of a pack into buckets whose lengths differ by a quarter at most."""
+    lengths = cu_seqlens.diff().tolist()
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if lengths[i] == 0:
+            continue
+        if not groups or lengths[i] > 1.25 * lengths[groups[-1][0]] + 8:
+            groups.append([])
+        groups[-1].append(i)
+    starts, device = cu_seqlens.tolist(), cu_seqlens.device
+    buckets = []
+    for group in groups:
+        longest = lengths[group[-1]]
+        tokens = [torch.arange(starts[i], starts[i + 1]) for i in group]
+        slots = [torch.arange(lengths[i]) + row * longest for row, i in enumerate(group)]
+        buckets.append(
+            Bucket(torch.cat(tokens).to(device), torch.cat(slots).to(device), len(group), longest)
+        )
+    return buckets
+
+
 def _varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -35,8 +79,7 @@ def _varlen_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
+    buckets: Sequence[Bucket],
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -46,39 +89,36 @@ def _varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed sequence; query [1, heads, T, D] -> [1, T, heads, D].
 
-    Sequences are laid side by side as [B, heads, max_length, D]: memory and time grow with the
-    longest sequence, never with T x T.
+    Sequences of similar length are laid side by side: memory and time grow with the tokens and
+    their own lengths, neither with T x T nor with the longest sequence of the pack.
     """
     if softcap is not None or s_aux is not None:
         raise NotImplementedError(
             f"{type(module).__name__}: softcap={softcap} or attention sinks; expected neither"
         )
-    if sliding_window is not None and sliding_window < max_length_q:
+    longest = max(bucket.length for bucket in buckets)
+    if sliding_window is not None and sliding_window < longest:
         raise NotImplementedError(
-            f"sliding_window={sliding_window} with a sequence of {max_length_q} tokens; expected "
+            f"sliding_window={sliding_window} with a sequence of {longest} tokens; expected "
             "sequences inside the window"
         )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    starts = cu_seq_lens_q.long()
-    lengths = starts.diff()
-    batch, total = lengths.numel(), query.shape[2]
-    sequence = torch.repeat_interleave(
-        torch.arange(batch, device=query.device), lengths, output_size=total
-    )
-    slot = sequence * max_length_q + torch.arange(total, device=query.device) - starts[sequence]
-
-    def spread(x: torch.Tensor) -> torch.Tensor:
-        padded = x.new_zeros(batch * max_length_q, x.shape[1], x.shape[3])
-        padded = padded.index_copy(0, slot, x[0].transpose(0, 1))
-        return padded.view(batch, max_length_q, x.shape[1], x.shape[3]).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), dropout_p=dropout, is_causal=True, scale=scaling
-    )
-    flat = out.transpose(1, 2).reshape(batch * max_length_q, out.shape[1], out.shape[3])
-    return flat.index_select(0, slot)[None], None
+    parts = [
+        bucket.gather(
+            F.scaled_dot_product_attention(
+                *(bucket.spread(x) for x in (query, key, value)),
+                dropout_p=dropout,
+                is_causal=True,
+                scale=scaling,
+            )
+        )
+        for bucket in buckets
+    ]
+    order = torch.cat([bucket.tokens for bucket in buckets])
+    out = torch.empty_like(query[0].transpose(0, 1)).index_copy(0, order, torch.cat(parts))
+    return out[None], None
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:
@@ -229,10 +269,7 @@ def hidden_states(model: CausalLM, batch: PackedBatch) -> torch.Tensor:
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
+            buckets=length_buckets(batch.cu_seqlens),
         )
     return output.last_hidden_state[0]
 

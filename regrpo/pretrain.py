@@ -17,7 +17,7 @@ from regrpo.packing import collate
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.sft import NLL
 from regrpo.small_model import build_model, build_tokenizer, render_template
-from regrpo.tasks import generate_tasks
+from regrpo.tasks import EXTENSIONS, generate_tasks
 from regrpo.trainer import Run
 
 SEQUENCES = 28
@@ -25,10 +25,11 @@ SEQUENCES = 28
 
 def task_tokenizer(config: PretrainConfig, environment: Environment) -> Qwen2Tokenizer:
     """The tokenizer, from executed demonstrations of generated tasks."""
-    tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 4)))
+    tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 6)))
     corpus = build(environment, tasks, seed=config.seed)
     texts = [render_template(r["conversations"]) for r in [*corpus.success, *corpus.rot]]
-    return build_tokenizer(texts, [*NAMES, REFLECTION_OPENER, "Thought:"])
+    extensions = [f".{extension}" for extension in EXTENSIONS]
+    return build_tokenizer(texts, [*NAMES, *extensions, REFLECTION_OPENER, "Thought:"])
 
 
 def run_pretrain(
@@ -59,10 +60,7 @@ def run_pretrain(
         )
         while run.step < config.steps:
             rng = random.Random(f"{config.seed}-{run.step}")
-            # Pairs come once plain copying is under way; from the start they only delay it.
-            share = 0.6 if run.step > 0.35 * config.steps else 0.0
-            sequences = [copying.sequence(rng, pairs_share=share) for _ in range(SEQUENCES)]
-            batch = collate(sequences).to(run.device)
+            batch = collate([copying.sequence(rng) for _ in range(SEQUENCES)]).to(run.device)
             count = batch.loss_mask.sum()
             loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, count).loss
             loss.backward()

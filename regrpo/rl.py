@@ -67,13 +67,18 @@ def advantages_of(
     )
 
 
+def groups_with_variance(result: ReflectionAdvantages, group_size: int) -> torch.Tensor:
+    """bool [groups]: whether a group's trajectories differ in advantage."""
+    return result.advantages.view(-1, group_size).abs().amax(1) > 0
+
+
 def rollout_metrics(
     trajectories: Sequence[Trajectory], result: ReflectionAdvantages, group_size: int
 ) -> dict[str, float]:
     """What the sampled trajectories of an update did."""
     corrected = [t for t in trajectories if t.turns[-1].correction]
     free = [t for t in trajectories if not t.start.failed]
-    spread = result.advantages.view(-1, group_size).abs().amax(1) > 0
+    spread = groups_with_variance(result, group_size)
     return {
         "reward/mean": result.rewards.mean().item(),
         "reward/std": result.rewards.std().item(),
@@ -186,8 +191,13 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
     result = advantages_of(trajectories, full, config)
     metrics = rollout_metrics(trajectories, result, config.group_size)
     starts = full.cu_seqlens.tolist()
+    used = list(range(len(tokens)))
+    if config.skip_zero_variance and metrics["groups/with_variance"] > 0:
+        live = groups_with_variance(result, config.group_size).repeat_interleave(config.group_size)
+        used = live.nonzero().squeeze(1).tolist()
     packs = []
-    for indices in best_fit_decreasing([len(t) for t in tokens], config.batch_tokens):
+    for pack in best_fit_decreasing([len(tokens[i]) for i in used], config.batch_tokens):
+        indices = [used[i] for i in pack]
         batch = collate([tokens[i] for i in indices], with_old_log_probs=True)
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
         batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
@@ -199,12 +209,13 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
         parts = [learner.backward(batch, normalizer) for batch in packs]
         metrics["grad_norm"] = training.update()
     metrics["loss"] = sum(part.pop("loss") for part in parts)
-    shares = [float(batch.loss_mask.sum()) / count for batch in packs]
+    trained = [float(batch.loss_mask.sum()) for batch in packs]
     for name in parts[0]:
         values = [part[name] for part in parts]
         if name.endswith(("/min", "/max")):
             metrics[name] = min(values) if name.endswith("/min") else max(values)
         else:
-            metrics[name] = sum(v * s for v, s in zip(values, shares, strict=True))
+            weighted = sum(v * n for v, n in zip(values, trained, strict=True))
+            metrics[name] = weighted / sum(trained)
     metrics["lr"] = training.lr
     return metrics

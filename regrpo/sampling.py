@@ -101,24 +101,32 @@ def _decode(
     generator: torch.Generator | None,
 ) -> list[Sample]:
     device = base_model(model).device
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    # A group's trajectories share their prompt, and often their first turn: prefill it once.
+    distinct = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    longest = max(map(len, distinct))
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in distinct], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=base_model(model).config)
-    alive = torch.arange(len(prompts), device=device)
-    sampled: list[list[int]] = [[] for _ in prompts]
-    log_probs: list[list[float]] = [[] for _ in prompts]
-    step_ids = ids
-    for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=step_ids,
+
+    def next_logits(ids: torch.Tensor) -> torch.Tensor:
+        return model(
+            input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+
+    logits = next_logits(ids)
+    rows = torch.tensor([distinct[tuple(p)] for p in prompts], device=device)
+    cache.batch_select_indices(rows)
+    logits, mask, positions = logits[rows], mask[rows], positions[rows]
+    alive = torch.arange(len(prompts), device=device)
+    sampled: list[list[int]] = [[] for _ in prompts]
+    log_probs: list[list[float]] = [[] for _ in prompts]
+    for count in range(1, max_new_tokens + 1):
         if temperature > 0:
             # The exponential race: argmax p / E draws from p, with no normalisation and no sync.
             noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
@@ -132,15 +140,15 @@ def _decode(
             sampled[row].append(token)
             log_probs[row].append(value)
         going = drawn != stop_id
-        if not going.any():
+        if count == max_new_tokens or not going.any():
             break
         if going.sum() <= 0.75 * len(going):  # finished rows leave the batch
             keep = going.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             alive, mask, positions, drawn = (x[keep] for x in (alive, mask, positions, drawn))
-        step_ids = drawn[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
+        logits = next_logits(drawn[:, None])
     return [
         Sample(_until(ids, stop_id), values[: len(_until(ids, stop_id))])
         for ids, values in zip(sampled, log_probs, strict=True)

@@ -13,7 +13,6 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.config import SFTConfig, SourceConfig
-from regrpo.copying import Copying
 from regrpo.losses import policy_loss
 from regrpo.modeling import head, hidden_states, load_model, load_tokenizer
 from regrpo.packing import collate
@@ -112,8 +111,6 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
     """Trains, resuming a former run of the same configuration; returns the model's folder."""
     tokenizer = load_tokenizer(config.model)
     trajectories, skipped = load_trajectories(tokenizer, config.data, config.max_length)
-    if config.rehearsal:
-        copying = Copying(tokenizer)
     torch.manual_seed(config.seed)  # a new adapter is drawn, and dropout
     lora = config.lora
     model = load_model(
@@ -131,13 +128,7 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
         for _ in range(run.step):  # resumed: the data position is a function of the step
             next(order)
         while run.step < config.steps:
-            sequences = [trajectories[i] for i in next(order)]
-            rng = random.Random(f"rehearsal-{config.seed}-{run.step}")
-            sequences += [
-                copying.sequence(rng, pairs_share=0.7, numbers_share=0.3)
-                for _ in range(config.rehearsal)
-            ]
-            batch = collate(sequences).to(run.device)
+            batch = collate([trajectories[i] for i in next(order)]).to(run.device)
             trained = batch.loss_mask.sum()
             loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, trained).loss
             loss.backward()

@@ -117,18 +117,16 @@ def _read(path: str) -> ToolCall:
 def _linked_file(scene: _Scene) -> tuple[str, Step, int]:
     """A file that may be a chain of links: (asked path, step, number inside)."""
     asked, target, edges, ends = scene.chains()
-    extension = scene.rng.choice(EXTENSIONS)
     value = 0
     for end in ends:
         number = scene.value()
-        scene.files.append(TextFile(f"{end}.{extension}", _content(extension, number)))
+        scene.files.append(TextFile(end, _content("txt", number)))
         if end == target:
             value = number
-    scene.files += [LinkFile(f"{a}.{extension}", f"{b}.{extension}") for a, b in edges]
-    path = f"{asked}.{extension}"
+    scene.files += [LinkFile(a, b) for a, b in edges]
     if asked == target:
-        return path, Step(_read(path)), value
-    return path, Step(_read(f"{target}.{extension}"), _read(path), "ArgInvalid"), value
+        return asked, Step(_read(asked)), value
+    return asked, Step(_read(target), _read(asked), "ArgInvalid"), value
 
 
 def _reformatted_file(scene: _Scene) -> tuple[str, Step, int]:
@@ -192,12 +190,12 @@ def _field(scene: _Scene, content: Callable[[], str]) -> tuple[str, str, Step, s
 
 def _links(scene: _Scene) -> tuple[str, str, list[Step]]:
     path, step, value = _linked_file(scene)
-    return f"What is the number in {path}?", str(value), [step]
+    return f"What is the number in the file {path}?", str(value), [step]
 
 
 def _formats(scene: _Scene) -> tuple[str, str, list[Step]]:
     path, step, value = _reformatted_file(scene)
-    return f"What is the number in {path}?", str(value), [step]
+    return f"What is the number in the file {path}?", str(value), [step]
 
 
 def _renames(scene: _Scene) -> tuple[str, str, list[Step]]:
@@ -243,7 +241,8 @@ def _lookup(scene: _Scene) -> tuple[str, str, list[Step]]:
     scene.files.append(TextFile(f"docs/{topic}.txt", f"{topic} {path}"))
     for _ in range(2):
         other = scene.name()
-        scene.files.append(TextFile(f"docs/{other}.txt", f"{other} {scene.name()}.csv"))
+        elsewhere = scene.name() + scene.rng.choice(("", ".csv", ".json", ".txt"))
+        scene.files.append(TextFile(f"docs/{other}.txt", f"{other} {elsewhere}"))
     question = f"What is the number in the file filed under {topic}?"
     return question, str(value), [Step(ToolCall("search", (topic,))), read]
 
@@ -252,7 +251,7 @@ def _sum(scene: _Scene) -> tuple[str, str, list[Step]]:
     first, read_first, a = _reformatted_file(scene)
     second, read_second, b = _linked_file(scene)
     add = Step(ToolCall("calculator", (f"{a} + {b}",)))
-    question = f"What is the sum of the numbers in {first} and {second}?"
+    question = f"What is the sum of the numbers in the files {first} and {second}?"
     return question, str(a + b), [read_first, read_second, add]
 
 

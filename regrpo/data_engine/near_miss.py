@@ -18,6 +18,7 @@ ERROR_SHARES = {
     "ArgInvalid": 0.308,
     "InfoInsufficient": 0.152,
 }
+PATH_PARAMETERS = ("path", "database", "page")
 _TOOLS = {tool.__name__: tool for tool in TOOLS}
 
 
@@ -38,17 +39,13 @@ def near_misses(step: Step, rng: random.Random) -> dict[str, ToolCall]:
     misses = {}
     if len(integers) >= 4:  # a box
         misses["GroundingDrift"] = _drift(call, integers, rng)
-    if _is_path(call.args[0]):
+    if parameters[0].name in PATH_PARAMETERS:
         misses["ToolMismatch"] = _swap_tool(call, rng)
     if texts:
         misses["ArgInvalid"] = _corrupt(call, texts[-1], rng)
     if len(call.args) > 1:
         misses["InfoInsufficient"] = ToolCall(call.name, call.args[:-1])
     return misses
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str) and "." in value and " " not in value
 
 
 def _drift(call: ToolCall, integers: list[int], rng: random.Random) -> ToolCall:

@@ -1,6 +1,7 @@
 """Packed forward against one sequence at a time, in fp64, over architectures and adapters."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from regrpo.modeling import (
     default_device,
     head,
     hidden_states,
+    length_buckets,
     load_model,
     load_tokenizer,
 )
@@ -206,9 +208,11 @@ def test_packed_attention_stays_on_the_device_of_its_inputs(packed):
         torch.empty(1, heads, len(packed.labels), 8, device="meta", requires_grad=True)
         for heads in (4, 2)
     )
-    bounds = packed.to("meta").cu_seqlens
-    function = AttentionInterface()[VARLEN]
-    out, _ = function(None, query, key, key, None, cu_seq_lens_q=bounds, max_length_q=17)
+    buckets = [
+        replace(b, tokens=b.tokens.to("meta"), slots=b.slots.to("meta"))
+        for b in length_buckets(packed.cu_seqlens)
+    ]
+    out, _ = AttentionInterface()[VARLEN](None, query, key, key, None, buckets=buckets)
     out.sum().backward()
     assert out.device == query.grad.device == torch.device("meta")
     assert out.shape == (1, len(packed.labels), 4, 8)
