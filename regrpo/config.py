@@ -92,7 +92,7 @@ class PretrainConfig:
         out: folder of the run.
         hidden_size: width.
         num_layers: depth.
-        num_heads: attention heads; those of the first layer start out looking 1, 2, ... tokens back.
+        num_heads: attention heads; those of the first layer start looking 1, 2, ... tokens back.
         tokenizer_tasks: generated tasks whose text the tokenizer is built from.
         steps: optimizer steps.
         optim: the optimizer.
@@ -102,9 +102,9 @@ class PretrainConfig:
 
     out: str
     hidden_size: int = 96
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 3
-    tokenizer_tasks: int = 1200
+    tokenizer_tasks: int = 640
     steps: int = 400
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
@@ -365,8 +365,8 @@ class DemoConfig:
     seed: int = 0
     pretrain_steps: int = 400
     data_tasks: int = 8000
-    sft_steps: int = 400
-    rl_steps: int = 60
+    sft_steps: int = 350
+    rl_steps: int = 70
     eval_tasks: int = 480
 
     def __post_init__(self) -> None:

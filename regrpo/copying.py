@@ -1,9 +1,10 @@
 """In-context copying: what the small base model is pretrained on.
 
 Plain strings of symbols come back whole. Pair lists ``a S b T c S d T ...`` come back along their
-edges, ``a S b S ...``, in any order; ``S`` and ``T`` are any two other tokens. A name is the end of
-one pair and the start of another, so looking up what followed it takes telling the separators
-apart. No task text, no tool and no format is taught.
+edges, ``a S b S ...``, in any order; ``S`` and ``T`` are any two other tokens. A symbol is the end
+of one pair and the start of another, so looking up what followed it takes telling the separators
+apart. Symbols are what tasks copy: names, numbers and file extensions. No task text, no tool and no
+format is taught.
 """
 
 import itertools
@@ -13,35 +14,39 @@ from transformers import PreTrainedTokenizerBase
 
 from regrpo.names import NAMES
 from regrpo.segments import TokenizedTrajectory
+from regrpo.tasks import EXTENSIONS
 from regrpo_kernels import Segment
 
 LENGTH = 64
+# Words of the tasks that are copied, beside numbers; each must be one token.
+WORDS = (*NAMES, *(f".{extension}" for extension in EXTENSIONS))
 
 
 class Copying:
     """Copying sequences in a tokenizer's vocabulary. Only what can be known is trained (ACTION).
 
     Raises:
-        ValueError: the tokenizer splits one of the tasks' identifiers.
+        ValueError: the tokenizer splits one of ``WORDS``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        ids = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in NAMES]
-        if any(len(i) != 1 for i in ids):
+        vocabulary = tokenizer.get_vocab()
+        split = [word for word in WORDS if word not in vocabulary]
+        if split:
             raise ValueError(
-                f"copying: {tokenizer.name_or_path!r} splits identifiers into several tokens; "
+                f"copying: {tokenizer.name_or_path!r} splits {split[0]!r} into several tokens; "
                 "expected a tokenizer of `regrpo pretrain`"
             )
-        vocabulary = tokenizer.get_vocab()
-        self.names: list[int] = [i for (i,) in ids]
-        self.separators = sorted(set(vocabulary.values()) - set(self.names))
+        numbers = [token for token in vocabulary if token.isdigit()]
+        self.symbols = sorted(vocabulary[token] for token in [*WORDS, *numbers])
+        self.separators = sorted(set(vocabulary.values()) - set(self.symbols))
 
     def sequence(self, rng: random.Random) -> TokenizedTrajectory:
         """One sequence: a pair list three times in five, else a plain string."""
         return self._pairs(rng) if rng.random() < 0.6 else self._plain(rng)
 
     def _plain(self, rng: random.Random) -> TokenizedTrajectory:
-        string = rng.sample(self.names, rng.randint(3, 16))
+        string = rng.sample(self.symbols, rng.randint(3, 16))
         copies = string * (LENGTH // len(string) + 1)
         trajectory = TokenizedTrajectory()
         trajectory.extend([*string, string[0]], Segment.CONTEXT)
@@ -49,11 +54,11 @@ class Copying:
         return trajectory
 
     def _pairs(self, rng: random.Random) -> TokenizedTrajectory:
-        names = rng.sample(self.names, rng.randint(6, 15))
+        symbols = rng.sample(self.symbols, rng.randint(6, 15))
         inside, between = rng.sample(self.separators, 2)
         edges: list[tuple[int, int]] = []
-        while len(names) > 1:
-            chain = [names.pop() for _ in range(min(len(names), rng.randint(2, 5)))]
+        while len(symbols) > 1:
+            chain = [symbols.pop() for _ in range(min(len(symbols), rng.randint(2, 5)))]
             edges += itertools.pairwise(chain)
         rng.shuffle(edges)
         follows = dict(edges)
@@ -61,13 +66,13 @@ class Copying:
         for start, end in edges:
             trajectory.extend([start, inside, end, between], Segment.CONTEXT)
         while len(trajectory) < LENGTH:
-            name = rng.choice(edges)[0]
-            trajectory.extend([name], Segment.CONTEXT)
+            symbol = rng.choice(edges)[0]
+            trajectory.extend([symbol], Segment.CONTEXT)
             while True:
                 trajectory.extend([inside], Segment.CONTEXT)
-                name = follows[name]
-                trajectory.extend([name], Segment.ACTION)
-                if name not in follows or rng.random() < 0.4:
+                symbol = follows[symbol]
+                trajectory.extend([symbol], Segment.ACTION)
+                if symbol not in follows or rng.random() < 0.4:
                     break
             trajectory.extend([between], Segment.CONTEXT)
         return trajectory

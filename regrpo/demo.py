@@ -1,9 +1,9 @@
 """Everything once, on two CPU cores: five agents from the same tasks and budgets, compared.
 
 Run: ``regrpo demo --out runs/demo``. Each stage is a run of its own in a folder of its own; an
-interrupted demo goes on where it stopped. The supervised agents see repairs of at most two hops;
-reinforcement learning and evaluation go to four, which is what it has to improve. Models this small
-use one core best, so the stages run side by side, one process a core.
+interrupted demo goes on where it stopped. The supervised agents see repairs of at most three
+hops; reinforcement learning and evaluation go to six, which is what it has to improve. Models this
+small use one core best, so the stages run side by side, one process a core.
 """
 
 import json
@@ -46,9 +46,9 @@ from regrpo.sft import run_sft
 from regrpo.tasks import SERIAL_FAMILIES
 from regrpo.workspace import build_workspace
 
-WARM_HOPS, FULL_HOPS = (1, 2), (1, 4)
-# Half of the tasks need a serial repair. The page and sum families take twice the training.
-FAMILIES = ("links", "renames", "see", "formats", "lookup")
+WARM_HOPS, FULL_HOPS = (1, 3), (1, 6)
+# Serial repairs by themselves, and inside longer tasks.
+RL_FAMILIES = (*SERIAL_FAMILIES * 3, "label", "lookup", "sum")
 Result = tuple[Report, list[Trajectory]]
 
 
@@ -93,7 +93,7 @@ def stages(config: DemoConfig) -> dict[str, Job]:
     model = {name: str(out / name / "model") for name in ("base", *AGENTS)}
     data = {name: str(out / "data" / f"{name}.jsonl") for name in ("success", "clean", "rot")}
     first_tries, repairs = SourceConfig(data["clean"]), SourceConfig(data["rot"], mask="repair")
-    tasks = TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS, families=FAMILIES)
+    tasks = TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS)
     jobs = {
         "base": Job(
             _pretrain,
@@ -122,11 +122,16 @@ def stages(config: DemoConfig) -> dict[str, Job]:
         rl = TrainConfig(
             model=model[start],
             out=str(out / name),
-            tasks=TaskConfig(seed=10 * config.seed + 2, hops=FULL_HOPS, families=SERIAL_FAMILIES),
+            tasks=TaskConfig(
+                seed=10 * config.seed + 2, hops=FULL_HOPS, trap_share=0.85, families=RL_FAMILIES
+            ),
             reflect=AGENTS[name].reflect,
-            states=32,
+            states=48,
             group_size=8,
-            forced_share=0.5,
+            forced_share=0.8,
+            max_new_tokens=48,
+            beta=0.005,
+            optim=OptimConfig(lr=6e-4),
             steps=config.rl_steps,
             seed=config.seed,
         )
@@ -135,7 +140,7 @@ def stages(config: DemoConfig) -> dict[str, Job]:
         held_out = EvalConfig(
             model=model[name],
             count=config.eval_tasks,
-            tasks=TaskConfig(seed=10 * config.seed + 3, hops=FULL_HOPS, families=FAMILIES),
+            tasks=TaskConfig(seed=10 * config.seed + 3, hops=FULL_HOPS),
             reflect=agent.reflect,
         )
         jobs[f"eval {name}"] = Job(_evaluate, held_out, after=(name,))

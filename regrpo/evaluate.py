@@ -40,7 +40,8 @@ class Rate:
         p = self.hits / n
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+        # The interval holds p, also at 0 and 1, where rounding can leave it just outside.
+        return 100 * max(0.0, min(p, centre - half)), 100 * min(1.0, max(p, centre + half))
 
     def to_dict(self) -> dict[str, Any] | None:
         if not self.count:

@@ -105,17 +105,13 @@ def _varlen_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    parts = [
-        bucket.gather(
-            F.scaled_dot_product_attention(
-                *(bucket.spread(x) for x in (query, key, value)),
-                dropout_p=dropout,
-                is_causal=True,
-                scale=scaling,
-            )
+    parts = []
+    for bucket in buckets:
+        q, k, v = bucket.spread(query), bucket.spread(key), bucket.spread(value)
+        padded = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling
         )
-        for bucket in buckets
-    ]
+        parts.append(bucket.gather(padded))
     order = torch.cat([bucket.tokens for bucket in buckets])
     out = torch.empty_like(query[0].transpose(0, 1)).index_copy(0, order, torch.cat(parts))
     return out[None], None

@@ -7,17 +7,16 @@ from rich.progress import Progress
 from transformers import Qwen2Tokenizer
 
 from regrpo.config import PretrainConfig
-from regrpo.copying import Copying
+from regrpo.copying import WORDS, Copying
 from regrpo.data_engine.build import build
 from regrpo.environment import Environment
 from regrpo.losses import policy_loss
 from regrpo.modeling import head, hidden_states, place
-from regrpo.names import NAMES
 from regrpo.packing import collate
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.sft import NLL
 from regrpo.small_model import build_model, build_tokenizer, render_template
-from regrpo.tasks import EXTENSIONS, generate_tasks
+from regrpo.tasks import generate_tasks
 from regrpo.trainer import Run
 
 SEQUENCES = 28
@@ -28,8 +27,7 @@ def task_tokenizer(config: PretrainConfig, environment: Environment) -> Qwen2Tok
     tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 6)))
     corpus = build(environment, tasks, seed=config.seed)
     texts = [render_template(r["conversations"]) for r in [*corpus.success, *corpus.rot]]
-    extensions = [f".{extension}" for extension in EXTENSIONS]
-    return build_tokenizer(texts, [*NAMES, *extensions, REFLECTION_OPENER, "Thought:"])
+    return build_tokenizer(texts, [*WORDS, REFLECTION_OPENER, "Thought:"])
 
 
 def run_pretrain(
@@ -50,7 +48,7 @@ def run_pretrain(
     # Tokens that are never predicted would all be pushed away in one direction. That marks them, so
     # copying would work behind those marks only, and they would look alike to what is learned next.
     learned = torch.zeros(len(tokenizer), 1)
-    learned[copying.names] = 1.0
+    learned[copying.symbols] = 1.0
     embeddings.register_hook(lambda gradient: gradient * learned.to(gradient.device))
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as run:
         bar = (

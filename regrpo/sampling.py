@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from regrpo.modeling import CausalLM, attention, base_model
 from regrpo.segments import ChatFormat
@@ -48,6 +49,49 @@ class LocalPolicy:
             max_new_tokens=self.max_new_tokens,
             generator=self.generator,
         )
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the KV cache with room ahead: a new token does not copy all that came before."""
+
+    ROOM = 64
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if self._buffers is None or stop > self._buffers[0].shape[-2]:
+            self._buffers = (
+                self._with_room(key_states, self.keys, start),
+                self._with_room(value_states, self.values, start),
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._buffers
+        keys[..., start:stop, :] = key_states
+        values[..., start:stop, :] = value_states
+        self.keys, self.values = keys[..., :stop, :], values[..., :stop, :]
+        return self.keys, self.values
+
+    def _with_room(self, new: torch.Tensor, old: torch.Tensor | None, start: int) -> torch.Tensor:
+        length = start + new.shape[-2] + self.ROOM
+        buffer = new.new_empty(*new.shape[:2], length, new.shape[-1])
+        if start and old is not None:
+            buffer[..., :start, :] = old
+        return buffer
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+
+def roomy_cache(model: CausalLM) -> DynamicCache:
+    """An empty cache for ``model``; layers that keep a window only stay as they are."""
+    cache = DynamicCache(config=base_model(model).config)
+    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
 
 
 @torch.no_grad()
@@ -107,7 +151,7 @@ def _decode(
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in distinct], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=base_model(model).config)
+    cache = roomy_cache(model)
 
     def next_logits(ids: torch.Tensor) -> torch.Tensor:
         return model(

@@ -82,7 +82,7 @@ def build_model(
     tokenizer: Qwen2Tokenizer,
     *,
     hidden_size: int = 96,
-    num_layers: int = 3,
+    num_layers: int = 2,
     num_heads: int = 3,
     seed: int = 0,
 ) -> Qwen2ForCausalLM:

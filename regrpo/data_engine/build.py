@@ -206,14 +206,14 @@ def local_starts(
     """One state for a local trajectory from every demonstration.
 
     With probability ``forced_share`` a near-miss has been executed already and the next turn must
-    repair it. Otherwise it is any step that calls a tool. Earlier steps went as they would have:
-    through the traps of the wording, repaired.
+    repair it. Otherwise it is any step. Earlier steps went as they would have: through the traps of
+    the wording, repaired.
     """
     starts = []
     for demo in demonstrations:
         forced = bool(demo.failures) and rng.random() < forced_share
         failure = rng.choice(demo.failures) if forced else None
-        step = rng.randrange(len(demo.task.steps) - 1) if failure is None else failure.step
+        step = rng.randrange(len(demo.task.steps)) if failure is None else failure.step
         messages = demo.messages([f for f in demo.traps if f.step < step], until=step)
         if failure is not None:
             messages += failed_turns(failure)

@@ -7,9 +7,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from regrpo.config import OptimConfig
+from regrpo.copying import WORDS
 from regrpo.data_engine.build import build, demonstrate
 from regrpo.environment import LocalEnvironment
-from regrpo.names import NAMES
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.records import write_records
 from regrpo.sft import run_sft
@@ -52,7 +52,7 @@ def texts(corpus):
 @pytest.fixture(scope="session")
 def tokenizer(texts):
     """The small tokenizer, as pretraining builds it."""
-    return build_tokenizer(texts, [*NAMES, REFLECTION_OPENER, "Thought:"])
+    return build_tokenizer(texts, [*WORDS, REFLECTION_OPENER, "Thought:"])
 
 
 @pytest.fixture(scope="session")

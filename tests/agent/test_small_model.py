@@ -7,10 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from regrpo.modeling import attention
 from regrpo.names import NAMES
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.segments import render
-from regrpo.small_model import SPECIAL_TOKENS, render_template
+from regrpo.small_model import SPECIAL_TOKENS, build_model, render_template
 
 
 @settings(
@@ -59,3 +60,22 @@ def test_saved_and_loaded(tokenizer, model, texts, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert loaded.config.vocab_size == len(tokenizer)
+
+
+def test_heads_of_the_first_layer_look_back_whatever_the_tokens_are(tokenizer):
+    model = build_model(tokenizer, seed=1).eval()
+    ids = torch.randint(len(tokenizer), (4, 80), generator=torch.Generator().manual_seed(0))
+    with attention(model, "eager"), torch.no_grad():
+        first, second = model(ids, output_attentions=True).attentions
+
+    def by_distance(weights):
+        return torch.tensor(
+            [weights[:, range(40, 80), range(40 - d, 80 - d)].mean() for d in range(40)]
+        )
+
+    for head in range(first.shape[1]):
+        profile = by_distance(first[:, head])
+        assert profile.argmax() == head + 1
+        assert profile[head + 1] > 0.25
+        assert profile[8:].max() < 0.05
+    assert by_distance(second.mean(1)).max() < 0.05
