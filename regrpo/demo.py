@@ -48,7 +48,7 @@ from regrpo.workspace import build_workspace
 
 WARM_HOPS, FULL_HOPS = (1, 3), (1, 6)
 # Serial repairs by themselves, and inside longer tasks.
-RL_FAMILIES = (*SERIAL_FAMILIES * 3, "label", "lookup", "sum")
+RL_FAMILIES = (*SERIAL_FAMILIES * 2, "label", "lookup", "sum")
 Result = tuple[Report, list[Trajectory]]
 
 
