@@ -365,7 +365,7 @@ class DemoConfig:
     seed: int = 0
     pretrain_steps: int = 400
     data_tasks: int = 8000
-    sft_steps: int = 350
+    sft_steps: int = 450
     rl_steps: int = 80
     eval_tasks: int = 480
 

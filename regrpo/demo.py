@@ -46,9 +46,9 @@ from regrpo.sft import run_sft
 from regrpo.tasks import SERIAL_FAMILIES
 from regrpo.workspace import build_workspace
 
-WARM_HOPS, FULL_HOPS = (1, 3), (1, 6)
+WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 6), (1, 6)
 # Serial repairs by themselves, and inside longer tasks.
-RL_FAMILIES = (*SERIAL_FAMILIES * 2, "label", "lookup", "sum")
+RL_FAMILIES = (*SERIAL_FAMILIES * 3, "label", "lookup", "sum")
 Result = tuple[Report, list[Trajectory]]
 
 
@@ -123,7 +123,7 @@ def stages(config: DemoConfig) -> dict[str, Job]:
             model=model[start],
             out=str(out / name),
             tasks=TaskConfig(
-                seed=10 * config.seed + 2, hops=FULL_HOPS, trap_share=0.85, families=RL_FAMILIES
+                seed=10 * config.seed + 2, hops=RL_HOPS, trap_share=0.85, families=RL_FAMILIES
             ),
             reflect=AGENTS[name].reflect,
             states=48,

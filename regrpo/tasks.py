@@ -30,7 +30,7 @@ from regrpo.tools.glyphs import draw_page, read_page
 from regrpo.workspace import LinkFile, PageFile, SqliteFile, TextFile, WorkspaceFile
 
 NUM_CHAINS = 3
-EXTENSIONS = ("csv", "json", "txt")
+EXTENSIONS = ("csv", "ini", "json", "log", "md", "txt")
 TABLE, STORE, PAGE = "goods", "store.db", "page.png"
 
 
@@ -103,11 +103,11 @@ class _Scene:
 
 
 def _content(extension: str, value: int) -> str:
-    return {
-        "csv": f"number\n{value}\n",
-        "json": f'{{"number": {value}}}',
-        "txt": f"number {value}",
-    }[extension]
+    if extension == "csv":
+        return f"number\n{value}\n"
+    if extension == "json":
+        return f'{{"number": {value}}}'
+    return f"number {value}"
 
 
 def _read(path: str) -> ToolCall:
@@ -241,7 +241,7 @@ def _lookup(scene: _Scene) -> tuple[str, str, list[Step]]:
     scene.files.append(TextFile(f"docs/{topic}.txt", f"{topic} {path}"))
     for _ in range(2):
         other = scene.name()
-        elsewhere = scene.name() + scene.rng.choice(("", ".csv", ".json", ".txt"))
+        elsewhere = scene.name() + scene.rng.choice(("", *(f".{e}" for e in EXTENSIONS)))
         scene.files.append(TextFile(f"docs/{other}.txt", f"{other} {elsewhere}"))
     question = f"What is the number in the file filed under {topic}?"
     return question, str(value), [Step(ToolCall("search", (topic,))), read]
