@@ -20,12 +20,14 @@ class TaskConfig:
     Args:
         seed: tasks of different seeds are different.
         hops: least and most hops of a serial repair.
+        tail: probability that a repair takes a further hop, again and again, up to six.
         trap_share: how often the call that the wording suggests fails.
         families: task families.
     """
 
     seed: int = 0
-    hops: tuple[int, int] = (1, 2)
+    hops: tuple[int, int] = (1, 3)
+    tail: float = 0.0
     trap_share: float = 0.65
     families: tuple[str, ...] = tuple(FAMILIES)
 
@@ -34,6 +36,7 @@ class TaskConfig:
             0,
             seed=self.seed,
             hops=self.hops,
+            tail=self.tail,
             trap_share=self.trap_share,
             families=self.families,
         )
@@ -51,7 +54,7 @@ class DataConfig:
     """
 
     out: str
-    count: int = 2400
+    count: int = 8000
     tasks: TaskConfig = field(default_factory=TaskConfig)
     near_miss_share: float = 0.35
 
@@ -264,7 +267,7 @@ class TrainConfig:
 
     model: str
     out: str
-    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(1, 4)))
+    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(2, 6)))
     reflect: bool = True
     steps: int = 100
     states: int = 24
@@ -316,7 +319,7 @@ class EvalConfig:
     model: str
     out: str | None = None
     count: int = 480
-    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 4)))
+    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 6)))
     reflect: bool = True
     temperature: float = 0.0
     max_new_tokens: int = 128
@@ -365,7 +368,7 @@ class DemoConfig:
     seed: int = 0
     pretrain_steps: int = 400
     data_tasks: int = 8000
-    sft_steps: int = 450
+    sft_steps: int = 400
     rl_steps: int = 80
     eval_tasks: int = 480
 

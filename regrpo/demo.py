@@ -1,9 +1,9 @@
 """Everything once, on two CPU cores: five agents from the same tasks and budgets, compared.
 
 Run: ``regrpo demo --out runs/demo``. Each stage is a run of its own in a folder of its own; an
-interrupted demo goes on where it stopped. The supervised agents see repairs of at most three
-hops; reinforcement learning and evaluation go to six, which is what it has to improve. Models this
-small use one core best, so the stages run side by side, one process a core.
+interrupted demo goes on where it stopped. The supervised agents see repairs of up to three
+hops, and rarely a longer one; reinforcement learning and evaluation go to six, which is what it has
+to improve. Models this small use one core best, so the stages run side by side, one process a core.
 """
 
 import json
@@ -93,7 +93,7 @@ def stages(config: DemoConfig) -> dict[str, Job]:
     model = {name: str(out / name / "model") for name in ("base", *AGENTS)}
     data = {name: str(out / "data" / f"{name}.jsonl") for name in ("success", "clean", "rot")}
     first_tries, repairs = SourceConfig(data["clean"]), SourceConfig(data["rot"], mask="repair")
-    tasks = TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS)
+    tasks = TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS, tail=0.06)
     jobs = {
         "base": Job(
             _pretrain,

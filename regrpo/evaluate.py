@@ -148,6 +148,7 @@ def held_out(config: EvalConfig, environment: Environment) -> list[Demonstration
         config.count,
         seed=config.tasks.seed,
         hops=config.tasks.hops,
+        tail=config.tasks.tail,
         trap_share=config.tasks.trap_share,
         families=config.tasks.families,
     )

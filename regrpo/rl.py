@@ -40,6 +40,7 @@ def sample_starts(config: TrainConfig, environment: Environment, step: int) -> l
         seed=config.tasks.seed,
         first=step * config.states,
         hops=config.tasks.hops,
+        tail=config.tasks.tail,
         trap_share=config.tasks.trap_share,
         families=config.tasks.families,
     )

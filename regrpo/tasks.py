@@ -30,6 +30,7 @@ from regrpo.tools.glyphs import draw_page, read_page
 from regrpo.workspace import LinkFile, PageFile, SqliteFile, TextFile, WorkspaceFile
 
 NUM_CHAINS = 3
+MAX_HOPS = 6
 EXTENSIONS = ("csv", "ini", "json", "log", "md", "txt")
 TABLE, STORE, PAGE = "goods", "store.db", "page.png"
 
@@ -65,9 +66,10 @@ class Task:
 class _Scene:
     """A workspace in the making; hands out names and values that occur once."""
 
-    def __init__(self, rng: random.Random, hops: tuple[int, int], trap_share: float):
+    def __init__(self, rng: random.Random, hops: tuple[int, int], tail: float, trap_share: float):
         self.rng = rng
         self.hops = hops
+        self.tail = tail
         self.trap_share = trap_share
         self.files: list[WorkspaceFile] = []
         self._names = rng.sample(NAMES, len(NAMES))
@@ -88,6 +90,8 @@ class _Scene:
         Without the trap the asked name is an end itself, and the chains lead elsewhere.
         """
         hops = self.rng.randint(*self.hops)
+        while self.tail > 0 and hops < MAX_HOPS and self.rng.random() < self.tail:
+            hops += 1
         chains = [[self.name() for _ in range(hops + 1)] for _ in range(NUM_CHAINS)]
         edges = [edge for chain in chains for edge in pairwise(chain)]
         ends = [chain[-1] for chain in chains]
@@ -274,6 +278,7 @@ def generate_tasks(
     seed: int,
     first: int = 0,
     hops: tuple[int, int] = (1, 2),
+    tail: float = 0.0,
     trap_share: float = 0.65,
     families: Sequence[str] = tuple(FAMILIES),
 ) -> list[Task]:
@@ -282,6 +287,8 @@ def generate_tasks(
     Args:
         seed: task ``i`` depends on ``(seed, i)`` and the other arguments only.
         hops: least and most hops of a chain.
+        tail: probability that a chain is a hop longer than drawn, again and again, up to
+            ``MAX_HOPS``.
         trap_share: how often the call suggested by the wording fails, per step that can have a
             trap.
 
@@ -293,13 +300,15 @@ def generate_tasks(
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown or not families:
         raise ValueError(f"families: got {unknown or 'none'}; expected some of {sorted(FAMILIES)}")
-    if not 1 <= hops[0] <= hops[1] <= 6:
-        raise ValueError(f"hops: got {hops}; expected 1 <= least <= most <= 6")
+    if not 1 <= hops[0] <= hops[1] <= MAX_HOPS:
+        raise ValueError(f"hops: got {hops}; expected 1 <= least <= most <= {MAX_HOPS}")
+    if not 0 <= tail < 1:
+        raise ValueError(f"tail: got {tail}; expected a probability below 1")
     if not 0 <= trap_share <= 1:
         raise ValueError(f"trap_share: got {trap_share}; expected a share between 0 and 1")
     tasks = []
     for index in range(first, first + count):
-        scene = _Scene(random.Random(f"{seed}-{index}"), hops, trap_share)
+        scene = _Scene(random.Random(f"{seed}-{index}"), hops, tail, trap_share)
         tasks.append(_task(families[index % len(families)], seed, index, scene))
     return tasks
 

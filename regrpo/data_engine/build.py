@@ -243,6 +243,7 @@ def write_corpora(config: DataConfig, environment: Environment) -> str:
                 config.count,
                 seed=tasks.seed,
                 hops=tasks.hops,
+                tail=tasks.tail,
                 trap_share=tasks.trap_share,
                 families=tasks.families,
             )
