@@ -2,13 +2,11 @@
 
 The gradient of a token-level objective is known as soon as its row's log-prob is,
 
-    d loss / d logits[t, v] = w_t * (d loss_t / d log_prob_t) * (1[v = label_t] - p_tv) /
-    temperature,
+    d loss / d logits[t, v] = w_t (d loss_t / d log_prob_t) (1[v = label_t] - p_tv) / temperature,
 
 so forward computes it while the row is still in cache: one read and one write of the logits, where
-    eager PyTorch
-makes about ten passes over fp32 copies. `inplace=True` writes it over the logits and needs no `[T,
-V]` memory at all.
+eager PyTorch makes about ten passes over fp32 copies. `inplace=True` writes it over the logits and
+needs no `[T, V]` memory at all.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from torch import Tensor
 from regrpo_kernels._library import (
     DTYPE_CODES,
     IGNORE_INDEX,
-    check_device,
     check_logits,
     choose_impl,
     compiled,
@@ -31,6 +28,7 @@ from regrpo_kernels._library import (
     pointer,
     rows,
 )
+from regrpo_kernels.loss_inputs import TokenInputs, prepare_tokens
 from regrpo_kernels.objective import KL_ESTIMATORS, POLICIES, Objective, token_objective
 from regrpo_kernels.token_log_probs import token_log_probs_reference
 
@@ -65,9 +63,7 @@ def grpo_loss_reference(
     ref_log_probs: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """The readable specification: `(loss, stats [8, ...])`, differentiated by autograd. fp64 works
-    too.
-    """
+    """The readable specification: `(loss, stats [8, ...])`, by autograd; fp64 works too."""
     rows = token_log_probs_reference(
         logits,
         labels.masked_fill(~mask, IGNORE_INDEX),
@@ -104,57 +100,19 @@ def grpo_loss_reference(
     return (loss * weights).sum(), stats
 
 
-def sequence_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """`[T]` int64: which packed sequence a token belongs to."""
-    tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    ids = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
-    return ids.clamp(max=cu_seqlens.shape[0] - 2)
-
-
-def loss_weights(
-    mask: Tensor,
-    objective: Objective,
-    cu_seqlens: Tensor | None,
-    token_sequence: Tensor | None,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    """`w_t` with `loss = sum_t w_t loss_t`, fp32, shaped like the mask; no synchronisation."""
-    m = mask.float()
-    mode = objective.loss_agg_mode
-    if mode == "token-mean":
-        return m / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
-    if cu_seqlens is None:
-        counts = mask.sum(-1)
-    else:
-        assert token_sequence is not None
-        ends = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # integers: exact in any order
-        bounds = ends.index_select(0, cu_seqlens.long())
-        counts = bounds[1:] - bounds[:-1]
-    if mode == "seq-mean-token-mean":
-        per_sequence = 1.0 / counts.clamp(min=1)
-        m = m * (
-            per_sequence.unsqueeze(-1)
-            if token_sequence is None
-            else per_sequence.index_select(0, token_sequence)
-        )
-    elif mode == "seq-mean-token-sum-norm":
-        m = m / float(objective.max_completion_length or 1)
-    return m / ((counts > 0).sum().clamp(min=1) if normalizer is None else normalizer)
-
-
 # --- the op ---------------------------------------------------------------------------------------
 
-_ARGUMENTS = (
+TOKEN_ARGUMENTS = (
     "Tensor labels, Tensor mask, Tensor weights, Tensor? advantages, Tensor? old_log_probs, "
     "Tensor? ref_log_probs, str policy, str kl_estimator, float[] options"
 )
 library.define(
     # consume: backward may overwrite dlogits, which the caller must then leave alone
-    f"grpo_loss(Tensor logits, {_ARGUMENTS}, bool needs_gradient, bool consume, str impl) "
+    f"grpo_loss(Tensor logits, {TOKEN_ARGUMENTS}, bool needs_gradient, bool consume, str impl) "
     "-> (Tensor loss, Tensor stats, Tensor dlogits)"
 )
 library.define(
-    f"grpo_loss_(Tensor(a!) logits, {_ARGUMENTS}, str impl) -> (Tensor loss, Tensor stats)"
+    f"grpo_loss_(Tensor(a!) logits, {TOKEN_ARGUMENTS}, str impl) -> (Tensor loss, Tensor stats)"
 )
 library.define("scale_gradient_(Tensor(a!) dlogits, Tensor scale, str impl) -> ()")
 
@@ -171,11 +129,23 @@ _OPTIONS = (
 )
 
 
-def _options(objective: Objective) -> list[float]:
-    return [float(getattr(objective, name) or 0.0) for name in _OPTIONS]
+def op_arguments(labels: Tensor, tokens: TokenInputs, objective: Objective) -> tuple[Any, ...]:
+    """What `TOKEN_ARGUMENTS` names, the per-token inputs laid out as the kernels read them."""
+    return (
+        labels.contiguous(),
+        tokens.mask.contiguous(),
+        tokens.weights.float().contiguous(),
+        *[
+            None if x is None else x.detach().float().contiguous()
+            for x in (tokens.advantages, tokens.old_log_probs, tokens.ref_log_probs)
+        ],
+        objective.policy,
+        objective.kl_estimator,
+        [float(getattr(objective, name) or 0.0) for name in _OPTIONS],
+    )
 
 
-def _launch(
+def grpo_rows(
     logits: Tensor,
     dlogits: Tensor | None,
     impl: str,
@@ -189,6 +159,7 @@ def _launch(
     kl_estimator: str,
     options: list[float],
 ) -> tuple[Tensor, Tensor]:
+    """One sweep over rows of logits: `(loss, stats)`; the gradient goes to `dlogits`, if any."""
     stats = torch.empty((len(STATS), *labels.shape), dtype=torch.float32, device=logits.device)
     with device_guard(logits):
         if impl == "triton":
@@ -233,13 +204,13 @@ def _launch(
 def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tokens, needs_gradient, _, impl = arguments
     dlogits = _gradient_buffer(logits, needs_gradient)
-    loss, stats = _launch(logits, dlogits if needs_gradient else None, impl, *tokens)
+    loss, stats = grpo_rows(logits, dlogits if needs_gradient else None, impl, *tokens)
     return loss, stats, dlogits
 
 
 def _grpo_loss_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *tokens, impl = arguments
-    return _launch(logits, logits, impl, *tokens)
+    return grpo_rows(logits, logits, impl, *tokens)
 
 
 def _gradient_buffer(logits: Tensor, needs_gradient: bool) -> Tensor:
@@ -323,9 +294,7 @@ torch.library.register_autograd(
 
 
 class _InplaceGrpoLoss(torch.autograd.Function):
-    """`grpo_loss_` overwrites the logits, and an op that mutates its input has no registered
-    autograd.
-    """
+    """For `grpo_loss_`: an op that mutates its input has no registered autograd."""
 
     @staticmethod
     def forward(ctx, logits, *arguments):
@@ -362,8 +331,7 @@ def grpo_loss(
     inplace: bool = False,
     impl: str | None = None,
 ) -> LossOutput:
-    """The clipped policy-gradient loss over a batch of completions, with its gradient computed in
-    the same sweep.
+    """The clipped policy-gradient loss over a batch of completions; forward holds its gradient.
 
     Args:
         logits: `[T, V]` (packed) or `[B, L, V]` (padded), fp32, bf16 or fp16; any strides with a
@@ -396,76 +364,26 @@ def grpo_loss(
     objective = Objective() if objective is None else objective
     chosen = choose_impl(impl, logits.device)
     check_logits(logits, labels, reference=chosen == "reference")
-    packed = logits.dim() == 2
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, logits)
-    for name, tensor in (
-        ("old_log_probs", old_log_probs),
-        ("ref_log_probs", ref_log_probs),
-        ("loss_mask", loss_mask),
-    ):
-        if tensor is not None:
-            if tensor.shape != labels.shape:
-                raise ValueError(
-                    f"{name} must have the shape of labels {list(labels.shape)}, "
-                    f"got {list(tensor.shape)}"
-                )
-            check_device(name, tensor, logits)
-    per_sequence = _per_sequence_advantages(advantages, labels, cu_seqlens, objective)
-    needs_sequences = (
-        per_sequence
-        or objective.loss_agg_mode != "token-mean"
-        or objective.ratio_level == "sequence"
-    )
-    if needs_sequences and packed and cu_seqlens is None:
-        raise ValueError(
-            "cu_seqlens is needed for packed logits [T, V] by per-sequence advantages, by "
-            f"loss_agg_mode={objective.loss_agg_mode!r} and by "
-            f"ratio_level={objective.ratio_level!r}; got None"
-        )
     if inplace and chosen == "reference":
         raise ValueError("inplace=True is not available with impl='reference'")
     if inplace and any(
         s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)
     ):
         raise ValueError("logits must not be expanded (a stride of 0) when inplace=True")
-    if objective.ratio_level == "sequence":
-        raise NotImplementedError("Objective.ratio_level='sequence' is not implemented yet")
-
-    mask = labels != IGNORE_INDEX
-    if loss_mask is not None:
-        mask = mask & (loss_mask != 0)
-    token_sequence = (
-        sequence_ids(cu_seqlens, labels.shape[0])
-        if needs_sequences and cu_seqlens is not None
-        else None
+    tokens = prepare_tokens(
+        labels,
+        advantages,
+        old_log_probs,
+        ref_log_probs,
+        loss_mask,
+        cu_seqlens,
+        objective,
+        normalizer,
     )
-    weights = loss_weights(mask, objective, cu_seqlens, token_sequence, normalizer)
-    if advantages is not None and objective.policy != "nll":
-        if per_sequence and token_sequence is not None:
-            advantages = advantages.index_select(0, token_sequence)
-        elif per_sequence:
-            advantages = advantages.unsqueeze(-1).expand(labels.shape)
-    else:
-        advantages = None
-
     if chosen == "reference":
-        loss, stats = grpo_loss_reference(
-            logits, labels, mask, weights, advantages, old_log_probs, ref_log_probs, objective
-        )
+        loss, stats = grpo_loss_reference(logits, labels, *tokens, objective)
     else:
-        arguments = (
-            labels.contiguous(),
-            mask.contiguous(),
-            weights.float().contiguous(),
-            *[
-                None if x is None else x.detach().float().contiguous()
-                for x in (advantages, old_log_probs, ref_log_probs)
-            ],
-            objective.policy,
-            objective.kl_estimator,
-            _options(objective),
-        )
+        arguments = op_arguments(labels, tokens, objective)
         needs_gradient = logits.requires_grad and torch.is_grad_enabled()
         if inplace and needs_gradient:
             loss, stats = _InplaceGrpoLoss.apply(logits, *arguments, chosen)
@@ -473,10 +391,10 @@ def grpo_loss(
             loss, stats, _ = torch.ops.regrpo_kernels.grpo_loss(
                 logits, *arguments, needs_gradient, True, chosen
             )
-    return _output(loss, stats, mask, ref_log_probs is not None)
+    return loss_output(loss, stats, tokens.mask, ref_log_probs is not None)
 
 
-def _output(loss: Tensor, stats: Tensor, mask: Tensor, has_ref: bool) -> LossOutput:
+def loss_output(loss: Tensor, stats: Tensor, mask: Tensor, has_ref: bool) -> LossOutput:
     share = mask.to(stats.dtype) / mask.sum().clamp(min=1)
     mean = dict(zip(STATS, stats.flatten(1).mv(share.flatten()).unbind(), strict=True))
     ratio = stats[STATS.index("ratio")]
@@ -499,52 +417,3 @@ def _output(loss: Tensor, stats: Tensor, mask: Tensor, has_ref: bool) -> LossOut
         stats[STATS.index("kl")] if has_ref else None,
         metrics,
     )
-
-
-def _per_sequence_advantages(
-    advantages: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, objective: Objective
-) -> bool:
-    """Checks the advantages; True when there is one for each sequence."""
-    if advantages is None:
-        if objective.policy != "nll":
-            raise ValueError(f"advantages are needed by policy {objective.policy!r}, got None")
-        return False
-    check_device("advantages", advantages, labels)
-    if not advantages.is_floating_point():
-        raise TypeError(f"advantages must have a floating-point dtype, got {advantages.dtype}")
-    if advantages.shape == labels.shape:
-        return False
-    if labels.dim() == 2:
-        expected = f"{list(labels.shape)} or [{labels.shape[0]}]"
-        fits = advantages.shape == labels.shape[:1]
-    elif cu_seqlens is None:
-        expected = f"{list(labels.shape)}, or [B] together with cu_seqlens"
-        fits = False
-    else:
-        expected = f"{list(labels.shape)} or [{cu_seqlens.shape[0] - 1}]"
-        fits = advantages.shape == (cu_seqlens.shape[0] - 1,)
-    if not fits:
-        raise ValueError(f"advantages must have shape {expected}, got {list(advantages.shape)}")
-    return True
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:
-    if logits.dim() != 2:
-        raise ValueError(
-            f"cu_seqlens goes with packed logits [T, V], got logits {list(logits.shape)}"
-        )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must have dtype int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"cu_seqlens must have shape [B + 1] with B >= 1, got {list(cu_seqlens.shape)}"
-        )
-    check_device("cu_seqlens", cu_seqlens, logits)
-    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
-        return  # reading the values would break the graph or synchronise
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != logits.shape[0] or bounds != sorted(bounds):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to T = {logits.shape[0]}, got {bounds[:8]}"
-            f"{' ...' if len(bounds) > 8 else ''}"
-        )

@@ -83,7 +83,7 @@ def _outputs(labels: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tens
     return log_probs, torch.empty_like(log_probs), entropy
 
 
-def _forward(
+def forward_rows(
     logits: Tensor,
     labels: Tensor,
     temperature: float,
@@ -126,9 +126,28 @@ def _backward(
     softcap: float,
     impl: str,
 ) -> Tensor:
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient_rows(
+        logits, labels, lse, entropy, dlog_probs, dentropy, dlogits, temperature, softcap, impl
+    )
+    return dlogits
+
+
+def gradient_rows(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    dlog_probs: Tensor,
+    dentropy: Tensor | None,
+    dlogits: Tensor,
+    temperature: float,
+    softcap: float,
+    impl: str,
+) -> None:
+    """Fills `dlogits`, which may be `logits` itself."""
     labels, dlog_probs = labels.contiguous(), dlog_probs.contiguous()
     dentropy = None if dentropy is None else dentropy.contiguous()
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     with device_guard(logits):
         if impl == "triton":
             from regrpo_kernels import triton_rows
@@ -136,7 +155,7 @@ def _backward(
             triton_rows.token_log_probs_backward(
                 logits, labels, lse, entropy, dlog_probs, dentropy, dlogits, temperature, softcap
             )
-            return dlogits
+            return
         compiled().token_log_probs_backward(
             dtype=DTYPE_CODES[logits.dtype],
             logits=rows(logits),
@@ -152,11 +171,10 @@ def _backward(
             dlogits=rows(dlogits),
             **launch(logits),
         )
-    return dlogits
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("token_log_probs", _forward, _device)
+    library.impl("token_log_probs", forward_rows, _device)
     library.impl("token_log_probs_backward", _backward, _device)
 
 
@@ -201,6 +219,13 @@ torch.library.register_autograd(
 )
 
 
+def check_scaling(temperature: float, softcap: float | None) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or greater than 0, got {softcap!r}")
+
+
 def token_log_probs(
     logits: Tensor,
     labels: Tensor,
@@ -232,10 +257,7 @@ def token_log_probs(
     """
     chosen = choose_impl(impl, logits.device)
     check_logits(logits, labels, reference=chosen == "reference")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or greater than 0, got {softcap!r}")
+    check_scaling(temperature, softcap)
     if chosen == "reference":
         return token_log_probs_reference(
             logits, labels, temperature=temperature, softcap=softcap, return_entropy=return_entropy

@@ -1,0 +1,165 @@
+"""`grpo_loss` from hidden states: the logits are never held whole.
+
+Three matmuls a row (logits, d hidden, d weight) and no recomputation, because the gradient of a
+token-level objective is known in the forward sweep; two where the head is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrpo_kernels._library import choose_impl, library
+from regrpo_kernels.grpo_loss import (
+    STATS,
+    TOKEN_ARGUMENTS,
+    LossOutput,
+    grpo_loss_reference,
+    grpo_rows,
+    loss_output,
+    op_arguments,
+)
+from regrpo_kernels.linear_head import LinearHead, check_linear, fake_gradients, gradient_needs
+from regrpo_kernels.loss_inputs import prepare_tokens
+from regrpo_kernels.objective import Objective
+
+library.define(
+    f"linear_grpo_loss(Tensor hidden, Tensor weight, Tensor? bias, {TOKEN_ARGUMENTS}, "
+    "bool[] needs, str impl) "
+    "-> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+
+
+def _linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    advantages: Tensor | None,
+    old_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    policy: str,
+    kl_estimator: str,
+    options: list[float],
+    needs: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    selected = mask.flatten().nonzero().squeeze(1)
+    head = LinearHead(hidden, weight, bias, selected, (needs[0], needs[1], needs[2]))
+    tokens = [
+        None if x is None else x.flatten().index_select(0, selected)
+        for x in (labels, mask, weights, advantages, old_log_probs, ref_log_probs)
+    ]
+    found = torch.empty(len(STATS), len(selected), dtype=torch.float32, device=hidden.device)
+    for rows, logits in head.chunks():
+        part = [None if x is None else x[rows] for x in tokens]
+        dlogits = logits if any(needs) else None
+        _, found[:, rows] = grpo_rows(
+            logits,
+            dlogits,
+            impl,
+            *part,
+            policy,
+            kl_estimator,
+            options,  # type: ignore[arg-type]
+        )
+        if dlogits is not None:
+            head.add_gradient(rows, dlogits)
+    stats = found.new_zeros(len(STATS), labels.numel()).index_copy_(1, selected, found)
+    loss = torch.dot(stats[0], weights.flatten())
+    return loss, stats.view(len(STATS), *labels.shape), *head.gradients()
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("linear_grpo_loss", _linear_grpo_loss, _device)
+
+
+@torch.library.register_fake("regrpo_kernels::linear_grpo_loss", lib=library)
+def _(hidden, weight, bias, labels, *arguments):
+    loss = torch.empty((), dtype=torch.float32, device=hidden.device)
+    stats = loss.new_empty((len(STATS), *labels.shape))
+    return loss, stats, *fake_gradients(hidden, weight, bias, arguments[-2])
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    _, stats, *gradients = output
+    ctx.needs = inputs[-2]
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(stats, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dloss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    scaled = [
+        (gradient * dloss).to(gradient.dtype) if need else None
+        for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    ]
+    return *scaled, *[None] * 11
+
+
+torch.library.register_autograd(
+    "regrpo_kernels::linear_grpo_loss", _backward, setup_context=_setup_context, lib=library
+)
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | None = None,
+    normalizer: float | Tensor | None = None,
+    impl: str | None = None,
+) -> LossOutput:
+    """`grpo_loss(hidden @ weight.T + bias, ...)` without the logits.
+
+    Args:
+        hidden: `[T, H]` (packed) or `[B, L, H]` (padded), fp32, bf16 or fp16.
+        weight: `[V, H]`, the head, in hidden's dtype; gets a gradient if it requires one.
+        bias: `[V]`, likewise.
+
+    The other arguments and what is returned are those of `grpo_loss`; the loss is differentiable
+    with respect to hidden, weight and bias. Rows that are not trained never reach the matmul and
+    may hold anything. On a GPU, counting the trained rows synchronises.
+
+    Raises:
+        ValueError, TypeError: a bad shape, dtype, device or option, before anything is computed.
+    """
+    objective = Objective() if objective is None else objective
+    chosen = choose_impl(impl, hidden.device)
+    check_linear(hidden, weight, bias, labels, reference=chosen == "reference")
+    tokens = prepare_tokens(
+        labels,
+        advantages,
+        old_log_probs,
+        ref_log_probs,
+        loss_mask,
+        cu_seqlens,
+        objective,
+        normalizer,
+    )
+    if chosen == "reference":
+        logits = torch.nn.functional.linear(
+            hidden.masked_fill(~tokens.mask.unsqueeze(-1), 0.0), weight, bias
+        )
+        loss, stats = grpo_loss_reference(logits, labels, *tokens, objective)
+    else:
+        loss, stats, *_ = torch.ops.regrpo_kernels.linear_grpo_loss(
+            hidden,
+            weight,
+            bias,
+            *op_arguments(labels, tokens, objective),
+            gradient_needs(hidden, weight, bias),
+            chosen,
+        )
+    return loss_output(loss, stats, tokens.mask, ref_log_probs is not None)

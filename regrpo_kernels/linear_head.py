@@ -1,0 +1,126 @@
+"""The language-model head in chunks of rows: what the linear ops share.
+
+`[T, V]` logits are never held. Rows that are not trained are left out before the first matmul; the
+rest go through one reused buffer of `CHUNK_BYTES`, in which a row kernel turns logits into their
+gradient, and two more matmuls take that to the hidden states and to the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from regrpo_kernels._library import DTYPE_CODES, check_device, check_logits
+
+# A matmul wants hundreds of rows; a CPU's caches want few.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+
+
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reference: bool
+) -> None:
+    """Shapes, dtypes and devices of hidden `[T, H]` or `[B, L, H]`, weight `[V, H]`, bias `[V]`."""
+    if hidden.dim() not in (2, 3):
+        raise ValueError(
+            "hidden must have shape [T, H] (packed) or [B, L, H] (padded), "
+            f"got {list(hidden.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must have shape [V, {hidden.shape[-1]}] with V > 0 to match hidden "
+            f"{list(hidden.shape)}, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+        check_device(name, tensor, hidden)
+    check_logits(
+        hidden.new_empty(()).expand(*hidden.shape[:-1], weight.shape[0]), labels, reference=True
+    )
+    if hidden.dtype not in DTYPE_CODES and not (reference and hidden.dtype == torch.float64):
+        raise TypeError(
+            f"hidden must have one of the dtypes {list(DTYPE_CODES)}, got {hidden.dtype}"
+        )
+
+
+class LinearHead:
+    """`hidden @ weight.T + bias` over the selected rows, and the gradients through it."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        selected: Tensor,
+        needs: tuple[bool, bool, bool],
+    ):
+        """Args: selected: int64 rows of the flattened hidden; needs: of hidden, weight, bias."""
+        self.shape, self.selected = hidden.shape, selected
+        self.hidden = hidden.flatten(0, -2).index_select(0, selected)
+        self.weight, self.bias = weight, bias
+        rows = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * weight.element_size())
+        self.chunk = min(max(rows, 1), max(len(selected), 1))
+        self.buffer = hidden.new_empty(self.chunk, weight.shape[0])
+        self.dhidden = torch.empty_like(self.hidden) if needs[0] else None
+        self.dweight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        self.dbias = (
+            torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
+        )
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their logits); the logits may be overwritten by their gradient."""
+        for start in range(0, len(self.selected), self.chunk):
+            rows = slice(start, min(start + self.chunk, len(self.selected)))
+            logits = self.buffer[: rows.stop - start]
+            torch.mm(self.hidden[rows], self.weight.T, out=logits)
+            if self.bias is not None:
+                logits += self.bias
+            yield rows, logits
+
+    def add_gradient(self, rows: slice, dlogits: Tensor) -> None:
+        """Takes the gradient of a chunk's logits further."""
+        if self.dhidden is not None:
+            torch.mm(dlogits, self.weight, out=self.dhidden[rows])
+        if self.dweight is not None:
+            if dlogits.dtype == torch.float32:
+                self.dweight.addmm_(dlogits.T, self.hidden[rows])
+            else:
+                self.dweight += dlogits.T @ self.hidden[rows]
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=torch.float32)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden, weight and bias, in their dtypes; empty where not asked for."""
+        dhidden = self.hidden.new_empty(0)
+        if self.dhidden is not None:
+            whole = self.dhidden.new_zeros(self.shape.numel() // self.shape[-1], self.shape[-1])
+            dhidden = whole.index_copy_(0, self.selected, self.dhidden).view(self.shape)
+        dweight, dbias = (
+            self.hidden.new_empty(0) if d is None else d.to(self.weight.dtype)
+            for d in (self.dweight, self.dbias)
+        )
+        return dhidden, dweight, dbias
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of `LinearHead.gradients`."""
+    like = (hidden, weight, bias)
+    dhidden, dweight, dbias = (
+        hidden.new_empty(x.shape if need and x is not None else (0,))
+        for x, need in zip(like, needs, strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def gradient_needs(*tensors: Tensor | None) -> list[bool]:
+    """Which of hidden, weight and bias autograd will ask the gradient of."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in tensors]

@@ -1,0 +1,187 @@
+"""`token_log_probs` from hidden states: the logits are never held whole, forward or backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrpo_kernels._library import IGNORE_INDEX, choose_impl, library
+from regrpo_kernels.linear_head import LinearHead, check_linear, fake_gradients
+from regrpo_kernels.token_log_probs import (
+    TokenLogProbs,
+    check_scaling,
+    forward_rows,
+    gradient_rows,
+    token_log_probs_reference,
+)
+
+library.define(
+    "linear_token_log_probs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "float temperature, float softcap, bool return_entropy, str impl) "
+    "-> (Tensor log_probs, Tensor lse, Tensor entropy)"
+)
+library.define(
+    "linear_token_log_probs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "Tensor lse, Tensor entropy, Tensor dlog_probs, Tensor? dentropy, float temperature, "
+    "float softcap, bool[] needs, str impl) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+
+
+def _selected(labels: Tensor) -> Tensor:
+    return (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    softcap: float,
+    return_entropy: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    selected = _selected(labels)
+    head = LinearHead(hidden, weight, bias, selected, (False, False, False))
+    kept = labels.flatten().index_select(0, selected)
+    found = torch.zeros(3, len(selected), dtype=torch.float32, device=hidden.device)
+    for rows, logits in head.chunks():
+        outputs = forward_rows(logits, kept[rows], temperature, softcap, return_entropy, impl)
+        for values, output in zip(found, outputs, strict=True):
+            if output.numel():
+                values[rows] = output
+    whole = found.new_zeros(3, labels.numel()).index_copy_(1, selected, found)
+    log_probs, lse, entropy = (x.clone() for x in whole.view(3, *labels.shape))
+    return log_probs, lse, entropy if return_entropy else entropy.new_empty(0)
+
+
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    dlog_probs: Tensor,
+    dentropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    needs: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    selected = _selected(labels)
+    head = LinearHead(hidden, weight, bias, selected, (needs[0], needs[1], needs[2]))
+    kept, kept_lse, kept_entropy, dlp, dh = (
+        None if x is None or x.numel() == 0 else x.flatten().index_select(0, selected)
+        for x in (labels, lse, entropy, dlog_probs, dentropy)
+    )
+    empty = lse.new_empty(0)
+    for rows, logits in head.chunks():
+        assert kept is not None
+        assert kept_lse is not None
+        assert dlp is not None
+        gradient_rows(
+            logits,
+            kept[rows],
+            kept_lse[rows],
+            empty if kept_entropy is None else kept_entropy[rows],
+            dlp[rows],
+            None if dh is None else dh[rows],
+            logits,
+            temperature,
+            softcap,
+            impl,
+        )
+        head.add_gradient(rows, logits)
+    return head.gradients()
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("linear_token_log_probs", _forward, _device)
+    library.impl("linear_token_log_probs_backward", _backward, _device)
+
+
+@torch.library.register_fake("regrpo_kernels::linear_token_log_probs", lib=library)
+def _(hidden, weight, bias, labels, temperature, softcap, return_entropy, impl):
+    log_probs = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    entropy = torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
+    return log_probs, torch.empty_like(log_probs), entropy
+
+
+@torch.library.register_fake("regrpo_kernels::linear_token_log_probs_backward", lib=library)
+def _(hidden, weight, bias, labels, lse, entropy, dlog_probs, dentropy, t, c, needs, impl):
+    return fake_gradients(hidden, weight, bias, needs)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.temperature, ctx.softcap, ctx.return_entropy, ctx.impl = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(*tensors, lse, entropy)
+    ctx.mark_non_differentiable(lse)
+
+
+def _autograd_backward(
+    ctx: Any, dlog_probs: Tensor, dlse: Tensor, dentropy: Tensor
+) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.regrpo_kernels.linear_token_log_probs_backward(
+        *ctx.saved_tensors,
+        dlog_probs,
+        dentropy if ctx.return_entropy else None,
+        ctx.temperature,
+        ctx.softcap,
+        needs,
+        ctx.impl,
+    )
+    kept = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    return *kept, *[None] * 5
+
+
+torch.library.register_autograd(
+    "regrpo_kernels::linear_token_log_probs",
+    _autograd_backward,
+    setup_context=_setup_context,
+    lib=library,
+)
+
+
+def linear_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    impl: str | None = None,
+) -> TokenLogProbs:
+    """`token_log_probs(hidden @ weight.T + bias, labels)` without the logits.
+
+    Args:
+        hidden: `[T, H]` (packed) or `[B, L, H]` (padded), fp32, bf16 or fp16.
+        weight: `[V, H]`, the head, in hidden's dtype; gets a gradient if it requires one.
+        bias: `[V]`, likewise.
+
+    The other arguments and what is returned are those of `token_log_probs`. Backward computes the
+    logits again, chunk by chunk. Skipped rows never reach the matmul and may hold anything. On a
+    GPU, counting the others synchronises.
+
+    Raises:
+        ValueError, TypeError: a bad shape, dtype, device or option, before anything is computed.
+    """
+    chosen = choose_impl(impl, hidden.device)
+    check_linear(hidden, weight, bias, labels, reference=chosen == "reference")
+    check_scaling(temperature, softcap)
+    if chosen == "reference":
+        kept = (labels != IGNORE_INDEX).unsqueeze(-1)
+        logits = torch.nn.functional.linear(hidden.masked_fill(~kept, 0.0), weight, bias)
+        return token_log_probs_reference(
+            logits, labels, temperature=temperature, softcap=softcap, return_entropy=return_entropy
+        )
+    log_probs, lse, entropy = torch.ops.regrpo_kernels.linear_token_log_probs(
+        hidden, weight, bias, labels, temperature, softcap or 0.0, return_entropy, chosen
+    )
+    return TokenLogProbs(log_probs, lse, entropy if return_entropy else None)
