@@ -50,22 +50,30 @@ def _linear_grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     selected = mask.flatten().nonzero().squeeze(1)
     head = LinearHead(hidden, weight, bias, selected, (needs[0], needs[1], needs[2]))
-    tokens = [
+    row_labels, row_mask, row_weights = (
+        x.flatten().index_select(0, selected) for x in (labels, mask, weights)
+    )
+    row_inputs = [
         None if x is None else x.flatten().index_select(0, selected)
-        for x in (labels, mask, weights, advantages, old_log_probs, ref_log_probs)
+        for x in (advantages, old_log_probs, ref_log_probs)
     ]
     found = torch.empty(len(STATS), len(selected), dtype=torch.float32, device=hidden.device)
     for rows, logits in head.chunks():
-        part = [None if x is None else x[rows] for x in tokens]
         dlogits = logits if any(needs) else None
+        row_advantages, row_old, row_ref = (None if x is None else x[rows] for x in row_inputs)
         _, found[:, rows] = grpo_rows(
             logits,
             dlogits,
             impl,
-            *part,
+            row_labels[rows],
+            row_mask[rows],
+            row_weights[rows],
+            row_advantages,
+            row_old,
+            row_ref,
             policy,
             kl_estimator,
-            options,  # type: ignore[arg-type]
+            options,
         )
         if dlogits is not None:
             head.add_gradient(rows, dlogits)
