@@ -5,7 +5,7 @@ An unknown key, a wrong type or a value out of range is an error that names it.
 
 from dataclasses import dataclass, field
 
-from regrpo.tasks import FAMILIES, generate_tasks
+from regrpo.tasks import FAMILIES, Task, generate_tasks
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -32,8 +32,13 @@ class TaskConfig:
     families: tuple[str, ...] = tuple(FAMILIES)
 
     def __post_init__(self) -> None:
-        generate_tasks(
-            0,
+        self.generate(0)
+
+    def generate(self, count: int, first: int = 0) -> list[Task]:
+        """The tasks ``first`` to ``first + count - 1``."""
+        return generate_tasks(
+            count,
+            first=first,
             seed=self.seed,
             hops=self.hops,
             tail=self.tail,

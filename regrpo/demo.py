@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from regrpo.config import (
     TrainConfig,
 )
 from regrpo.data_engine.build import write_corpora
-from regrpo.environment import LocalEnvironment
+from regrpo.environment import Environment, LocalEnvironment
 from regrpo.evaluate import Report, evaluate_model
 from regrpo.plots import COLUMNS, cell, plot_curves, plot_table
 from regrpo.pretrain import run_pretrain
@@ -67,24 +68,9 @@ def _one_thread() -> None:
     disable_loading_bars()
 
 
-def _pretrain(config: PretrainConfig) -> str:
+def _in_environment(stage: Callable[[Any, Environment], Any], config: Any) -> Any:
     with LocalEnvironment() as environment:
-        return run_pretrain(config, environment)
-
-
-def _data(config: DataConfig) -> str:
-    with LocalEnvironment() as environment:
-        return write_corpora(config, environment)
-
-
-def _rl(config: TrainConfig) -> str:
-    with LocalEnvironment() as environment:
-        return run_rl(config, environment)
-
-
-def _evaluate(config: EvalConfig) -> Result:
-    with LocalEnvironment() as environment:
-        return evaluate_model(config, environment)
+        return stage(config, environment)
 
 
 def stages(config: DemoConfig) -> dict[str, Job]:
@@ -96,11 +82,14 @@ def stages(config: DemoConfig) -> dict[str, Job]:
     tasks = TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS, tail=0.06)
     jobs = {
         "base": Job(
-            _pretrain,
+            partial(_in_environment, run_pretrain),
             PretrainConfig(out=str(out / "base"), steps=config.pretrain_steps, seed=config.seed),
             steps=config.pretrain_steps,
         ),
-        "data": Job(_data, DataConfig(str(out / "data"), count=config.data_tasks, tasks=tasks)),
+        "data": Job(
+            partial(_in_environment, write_corpora),
+            DataConfig(str(out / "data"), count=config.data_tasks, tasks=tasks),
+        ),
     }
     corpora = {
         "retry-sft": [first_tries, replace(repairs, reflections="strip")],
@@ -135,7 +124,9 @@ def stages(config: DemoConfig) -> dict[str, Job]:
             steps=config.rl_steps,
             seed=config.seed,
         )
-        jobs[name] = Job(_rl, rl, after=(start,), steps=config.rl_steps)
+        jobs[name] = Job(
+            partial(_in_environment, run_rl), rl, after=(start,), steps=config.rl_steps
+        )
     for name, agent in AGENTS.items():
         held_out = EvalConfig(
             model=model[name],
@@ -143,7 +134,9 @@ def stages(config: DemoConfig) -> dict[str, Job]:
             tasks=TaskConfig(seed=10 * config.seed + 3, hops=FULL_HOPS),
             reflect=agent.reflect,
         )
-        jobs[f"eval {name}"] = Job(_evaluate, held_out, after=(name,))
+        jobs[f"eval {name}"] = Job(
+            partial(_in_environment, evaluate_model), held_out, after=(name,)
+        )
     # Long chains first; what nothing waits for comes last.
     order = ["base", "data", "rot-sft", "retry-sft", "regrpo", "grpo", "sft-success"]
     return {name: jobs[name] for name in [*order, *(n for n in jobs if n not in order)]}

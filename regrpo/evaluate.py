@@ -16,7 +16,7 @@ from regrpo.records import write_atomically, write_records
 from regrpo.report import transcript
 from regrpo.rollout import Policy, Trajectory, run, same_answer, task_start
 from regrpo.sampling import LocalPolicy
-from regrpo.tasks import SERIAL_FAMILIES, generate_tasks
+from regrpo.tasks import SERIAL_FAMILIES
 from regrpo.tools import Status
 
 
@@ -144,15 +144,7 @@ def evaluate(
 
 def held_out(config: EvalConfig, environment: Environment) -> list[Demonstration]:
     """The tasks of an evaluation with their executed references and near-misses."""
-    tasks = generate_tasks(
-        config.count,
-        seed=config.tasks.seed,
-        hops=config.tasks.hops,
-        tail=config.tasks.tail,
-        trap_share=config.tasks.trap_share,
-        families=config.tasks.families,
-    )
-    return demonstrate(environment, tasks, seed=config.seed)[0]
+    return demonstrate(environment, config.tasks.generate(config.count), seed=config.seed)[0]
 
 
 def evaluate_model(config: EvalConfig, environment: Environment) -> tuple[Report, list[Trajectory]]:

@@ -27,7 +27,6 @@ from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_toke
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate
 from regrpo.rollout import Trajectory, run
 from regrpo.sampling import LocalPolicy
-from regrpo.tasks import generate_tasks
 from regrpo.trainer import Run, mean
 from regrpo.trajectory import Start
 from regrpo_kernels import Objective, ReflectionAdvantages, reflection_advantages
@@ -35,16 +34,8 @@ from regrpo_kernels import Objective, ReflectionAdvantages, reflection_advantage
 
 def sample_starts(config: TrainConfig, environment: Environment, step: int) -> list[Start]:
     """The states of one update: a function of configuration and step, so a resumed run agrees."""
-    tasks = generate_tasks(
-        config.states,
-        seed=config.tasks.seed,
-        first=step * config.states,
-        hops=config.tasks.hops,
-        tail=config.tasks.tail,
-        trap_share=config.tasks.trap_share,
-        families=config.tasks.families,
-    )
-    demonstrations, _ = demonstrate(environment, list(tasks), seed=config.seed)
+    tasks = config.tasks.generate(config.states, first=step * config.states)
+    demonstrations, _ = demonstrate(environment, tasks, seed=config.seed)
     rng = random.Random(f"{config.seed}-{step}")
     return local_starts(demonstrations, rng, forced_share=config.forced_share)
 
@@ -193,9 +184,9 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
     metrics = rollout_metrics(trajectories, result, config.group_size)
     starts = full.cu_seqlens.tolist()
     used = list(range(len(tokens)))
-    if config.skip_zero_variance and metrics["groups/with_variance"] > 0:
-        live = groups_with_variance(result, config.group_size).repeat_interleave(config.group_size)
-        used = live.nonzero().squeeze(1).tolist()
+    live = groups_with_variance(result, config.group_size)
+    if config.skip_zero_variance and live.any():
+        used = live.repeat_interleave(config.group_size).nonzero().squeeze(1).tolist()
     packs = []
     for pack in best_fit_decreasing([len(tokens[i]) for i in used], config.batch_tokens):
         indices = [used[i] for i in pack]

@@ -12,6 +12,7 @@ from regrpo_kernels.linear_head import LinearHead, check_linear, fake_gradients
 from regrpo_kernels.token_log_probs import (
     TokenLogProbs,
     check_scaling,
+    empty_outputs,
     forward_rows,
     gradient_rows,
     token_log_probs_reference,
@@ -73,22 +74,23 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     selected = _selected(labels)
     head = LinearHead(hidden, weight, bias, selected, (needs[0], needs[1], needs[2]))
-    kept, kept_lse, kept_entropy, dlp, dh = (
-        None if x is None or x.numel() == 0 else x.flatten().index_select(0, selected)
-        for x in (labels, lse, entropy, dlog_probs, dentropy)
+    row_labels, row_lse, row_dlog_probs = (
+        x.flatten().index_select(0, selected) for x in (labels, lse, dlog_probs)
     )
-    empty = lse.new_empty(0)
+    # Without entropy, neither it nor its gradient is read.
+    row_entropy, row_dentropy = entropy, dentropy
+    if dentropy is not None:
+        row_entropy, row_dentropy = (
+            x.flatten().index_select(0, selected) for x in (entropy, dentropy)
+        )
     for rows, logits in head.chunks():
-        assert kept is not None
-        assert kept_lse is not None
-        assert dlp is not None
         gradient_rows(
             logits,
-            kept[rows],
-            kept_lse[rows],
-            empty if kept_entropy is None else kept_entropy[rows],
-            dlp[rows],
-            None if dh is None else dh[rows],
+            row_labels[rows],
+            row_lse[rows],
+            row_entropy[rows],
+            row_dlog_probs[rows],
+            None if row_dentropy is None else row_dentropy[rows],
             logits,
             temperature,
             softcap,
@@ -105,9 +107,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("regrpo_kernels::linear_token_log_probs", lib=library)
 def _(hidden, weight, bias, labels, temperature, softcap, return_entropy, impl):
-    log_probs = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-    entropy = torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
-    return log_probs, torch.empty_like(log_probs), entropy
+    return empty_outputs(labels, return_entropy)
 
 
 @torch.library.register_fake("regrpo_kernels::linear_token_log_probs_backward", lib=library)

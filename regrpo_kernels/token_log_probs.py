@@ -77,7 +77,7 @@ library.define(
 )
 
 
-def _outputs(labels: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(labels: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     log_probs = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
     entropy = torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
     return log_probs, torch.empty_like(log_probs), entropy
@@ -92,7 +92,7 @@ def forward_rows(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels = labels.contiguous()
-    log_probs, lse, entropy = outputs = _outputs(labels, return_entropy)
+    log_probs, lse, entropy = outputs = empty_outputs(labels, return_entropy)
     with device_guard(logits):
         if impl == "triton":
             from regrpo_kernels import triton_rows
@@ -180,7 +180,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("regrpo_kernels::token_log_probs", lib=library)
 def _(logits, labels, temperature, softcap, return_entropy, impl):
-    return _outputs(labels, return_entropy)
+    return empty_outputs(labels, return_entropy)
 
 
 @torch.library.register_fake("regrpo_kernels::token_log_probs_backward", lib=library)

@@ -25,7 +25,7 @@ from regrpo.data_engine.teacher import explain
 from regrpo.environment import Environment
 from regrpo.prompts import observation_turn, opening, thought
 from regrpo.records import Record, write_records
-from regrpo.tasks import Task, generate_tasks
+from regrpo.tasks import Task
 from regrpo.tool_calls import Reflection, ToolCall, Turn
 from regrpo.tools import Observation, Status
 from regrpo.trajectory import Message, Start
@@ -238,16 +238,7 @@ def write_corpora(config: DataConfig, environment: Environment) -> str:
     tasks = config.tasks
     corpus = build(
         environment,
-        list(
-            generate_tasks(
-                config.count,
-                seed=tasks.seed,
-                hops=tasks.hops,
-                tail=tasks.tail,
-                trap_share=tasks.trap_share,
-                families=tasks.families,
-            )
-        ),
+        tasks.generate(config.count),
         seed=tasks.seed,
         near_miss_share=config.near_miss_share,
     )
