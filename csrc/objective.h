@@ -29,15 +29,32 @@ static REGRPO_HD inline float clamp_log_ratio(float x) {
   return fminf(fmaxf(x, -kMaxLogRatio), kMaxLogRatio);
 }
 
-// old and ref point at this token's value, or are null.
-static REGRPO_HD inline TokenObjective token_objective(const ObjectiveParams& o, float log_prob, const float* old,
+// A label whose logit is -inf has probability 0: its ratio is 0 and there is nothing to push.
+static REGRPO_HD inline bool is_forbidden(float log_prob) { return log_prob == -INFINITY; }
+
+struct Ratio {
+  float value, slope;  // slope: d ratio / d log_prob
+};
+// old points at this token's value, or is null.
+static REGRPO_HD inline Ratio token_ratio(float log_prob, const float* old) {
+  if (is_forbidden(log_prob)) return {0.0f, 0.0f};
+  const float raw = old ? log_prob - *old : 0.0f;
+  const float r = expf(clamp_log_ratio(raw));
+  return {r, fabsf(raw) > kMaxLogRatio ? 0.0f : r};
+}
+// exp(sg(mean) + log_prob - sg(log_prob)): the sequence's ratio, with the slope of each token's own log-prob.
+static REGRPO_HD inline Ratio sequence_ratio(float log_prob, float mean_log_ratio) {
+  if (is_forbidden(log_prob)) return {0.0f, 0.0f};
+  const float r = expf(mean_log_ratio);
+  return {r, r};
+}
+
+// ref points at this token's value, or is null.
+static REGRPO_HD inline TokenObjective token_objective(const ObjectiveParams& o, float log_prob, Ratio ratio,
                                                        const float* ref, float advantage) {
   TokenObjective t{};
-  const float raw = old ? log_prob - *old : 0.0f;
-  const float d = clamp_log_ratio(raw);
-  const bool forbidden = log_prob == -INFINITY;  // the label's logit is -inf: probability 0, nothing to push
-  const float r = forbidden ? 0.0f : expf(d);
-  const float dr = (forbidden || fabsf(raw) > kMaxLogRatio) ? 0.0f : r;  // d ratio / d log_prob
+  const bool forbidden = is_forbidden(log_prob);
+  const float r = ratio.value, dr = ratio.slope;
   const float low = 1.0f - o.epsilon_low, high = 1.0f + o.epsilon_high;
   const float a = advantage;
   t.ratio = r;
@@ -88,6 +105,17 @@ static REGRPO_HD inline TokenObjective token_objective(const ObjectiveParams& o,
     }
   }
   return t;
+}
+
+// Everything but log_prob, lse and entropy, which the caller has.
+static REGRPO_HD inline void write_stats(const ObjectiveParams& o, const TokenObjective& t, float entropy, float weight,
+                                         float* stats, int64_t tokens) {
+  stats[kStatLoss * tokens] = t.loss - (o.entropy_coef != 0.0f ? o.entropy_coef * entropy : 0.0f);
+  stats[kStatKl * tokens] = t.kl;
+  stats[kStatRatio * tokens] = t.ratio;
+  stats[kStatClipLow * tokens] = t.clip_low;
+  stats[kStatClipHigh * tokens] = t.clip_high;
+  stats[kStatDLogProb * tokens] = weight * t.dlog_prob;
 }
 
 }  // namespace regrpo

@@ -43,9 +43,11 @@ struct TokenLogProbsArgs {
 };
 
 // ---- grpo_loss -----------------------------------------------------------------------------------------
-// Rows of the [kGrpoStats, T] statistics that every implementation writes, zero for masked rows.
+// Rows of the [kGrpoStats, T] statistics that every implementation writes, zero for masked rows. kStatDLogProb is the
+// gradient of the whole loss with respect to the log-prob: the token's weight is in it.
 enum GrpoStat : int {
-  kStatLoss, kStatLogProb, kStatLse, kStatEntropy, kStatKl, kStatRatio, kStatClipLow, kStatClipHigh, kGrpoStats
+  kStatLoss, kStatLogProb, kStatLse, kStatEntropy, kStatKl, kStatRatio, kStatClipLow, kStatClipHigh, kStatDLogProb,
+  kGrpoStats
 };
 
 struct ObjectiveParams {
@@ -74,6 +76,20 @@ struct GrpoLossArgs {
   float* stats;   // [kGrpoStats, rows]
   Rows dlogits;   // data null: no gradient; may be the logits themselves
   int64_t bad_row;
+};
+
+// ---- sequence-level ratios --------------------------------------------------------------------------------
+// Between the two row passes: the mean log-ratio of each sequence, then every token's objective with it.
+struct SequenceObjectiveArgs {
+  int64_t tokens, sequences;
+  const int64_t* cu_seqlens;   // [sequences + 1]
+  const uint8_t* mask;         // [tokens]
+  const float* weights;        // [tokens]
+  const float* advantages;     // [tokens] or null (nll)
+  const float* old_log_probs;  // [tokens] or null
+  const float* ref_log_probs;  // [tokens] or null
+  ObjectiveParams objective;
+  float* stats;  // [kGrpoStats, tokens]; log_prob, lse and entropy are there already, the other rows are written
 };
 
 // ---- group_advantages, reflection_advantages -------------------------------------------------------------
@@ -121,6 +137,7 @@ bool has_isa(int isa);  // compiled in, and this machine runs it
 int token_log_probs(TokenLogProbsArgs& args, int num_threads, int isa);
 int token_log_probs_backward(TokenLogProbsArgs& args, int num_threads, int isa);
 int grpo_loss(GrpoLossArgs& args, int num_threads, int isa);
+int sequence_objective(const SequenceObjectiveArgs& args);
 int group_advantages(const GroupAdvantagesArgs& args);
 int reflection_advantages(const ReflectionAdvantagesArgs& args);
 }  // namespace cpu
@@ -130,6 +147,7 @@ namespace cuda {
 int token_log_probs(const TokenLogProbsArgs& args, void* stream);
 int token_log_probs_backward(const TokenLogProbsArgs& args, void* stream);
 int grpo_loss(const GrpoLossArgs& args, void* stream);
+int sequence_objective(const SequenceObjectiveArgs& args, void* stream);
 int group_advantages(const GroupAdvantagesArgs& args, void* stream);
 int reflection_advantages(const ReflectionAdvantagesArgs& args, void* stream);
 }  // namespace cuda

@@ -32,8 +32,8 @@ from regrpo_kernels.loss_inputs import TokenInputs, prepare_tokens
 from regrpo_kernels.objective import KL_ESTIMATORS, POLICIES, Objective, token_objective
 from regrpo_kernels.token_log_probs import token_log_probs_reference
 
-# Rows of the statistics that every implementation fills: GrpoStat in csrc/ops.h.
-STATS = ("loss", "log_prob", "lse", "entropy", "kl", "ratio", "clip_low", "clip_high")
+# Rows of the statistics that every kernel fills: GrpoStat in csrc/ops.h.
+STATS = ("loss", "log_prob", "lse", "entropy", "kl", "ratio", "clip_low", "clip_high", "dlog_prob")
 
 
 class LossOutput(NamedTuple):
@@ -63,7 +63,9 @@ def grpo_loss_reference(
     ref_log_probs: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """The readable specification: `(loss, stats [8, ...])`, by autograd; fp64 works too."""
+    """The readable specification: `(loss, stats)`, by autograd, so the stats have no `dlog_prob`;
+    fp64 works too.
+    """
     rows = token_log_probs_reference(
         logits,
         labels.masked_fill(~mask, IGNORE_INDEX),
@@ -396,7 +398,7 @@ def grpo_loss(
 
 def loss_output(loss: Tensor, stats: Tensor, mask: Tensor, has_ref: bool) -> LossOutput:
     share = mask.to(stats.dtype) / mask.sum().clamp(min=1)
-    mean = dict(zip(STATS, stats.flatten(1).mv(share.flatten()).unbind(), strict=True))
+    mean = dict(zip(STATS, stats.flatten(1).mv(share.flatten()).unbind(), strict=False))
     ratio = stats[STATS.index("ratio")]
     metrics = {
         "clip_ratio/low_mean": mean["clip_low"],

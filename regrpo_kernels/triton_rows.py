@@ -318,7 +318,7 @@ def _grpo_loss_fwd_kernel(
     stats = stats_ptr + row
     d_row = d_ptr + (row // inner) * d_stride_outer + (row % inner) * d_stride_inner
     if tl.load(mask_ptr + row) == 0:
-        for i in tl.static_range(8):
+        for i in tl.static_range(9):
             tl.store(stats + i * num_rows, 0.0)
         if HAS_GRADIENT:
             _write_zeros(d_row, vocab, BLOCK_V)
@@ -364,9 +364,11 @@ def _grpo_loss_fwd_kernel(
         tl.store(stats + 5 * num_rows, ratio)
         tl.store(stats + 6 * num_rows, clip_low)
         tl.store(stats + 7 * num_rows, clip_high)
+        dlog_prob *= tl.load(weights_ptr + row)
+        tl.store(stats + 8 * num_rows, dlog_prob)
         if HAS_GRADIENT:
             weight = tl.load(weights_ptr + row) * inv_temperature
-            g = weight * dlog_prob
+            g = dlog_prob * inv_temperature
             a = 0.0
             b = -g / total
             if HAS_ENTROPY:

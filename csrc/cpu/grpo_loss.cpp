@@ -20,22 +20,17 @@ void sweep_row(const GrpoLossArgs& a, int64_t r, const RowScale& scale, const T*
   const RowValues row = row_values(sums, Reader<T, CAP>(scale).scalar(p + a.labels[r]), scale);
 
   const auto at = [r](const float* x) { return x ? x + r : nullptr; };
-  const TokenObjective token = token_objective(a.objective, row.log_prob, at(a.old_log_probs), at(a.ref_log_probs),
-                                               a.advantages ? a.advantages[r] : 1.0f);
-  const float entropy_coef = a.objective.entropy_coef;
-  const auto stat = [&](GrpoStat which) -> float& { return a.stats[which * a.rows + r]; };
-  stat(kStatLoss) = token.loss - (entropy_coef != 0.0f ? entropy_coef * float(row.entropy) : 0.0f);
-  stat(kStatLogProb) = row.log_prob;
-  stat(kStatLse) = row.lse;
-  stat(kStatEntropy) = float(row.entropy);
-  stat(kStatKl) = token.kl;
-  stat(kStatRatio) = token.ratio;
-  stat(kStatClipLow) = token.clip_low;
-  stat(kStatClipHigh) = token.clip_high;
+  const TokenObjective token = token_objective(a.objective, row.log_prob, token_ratio(row.log_prob, at(a.old_log_probs)),
+                                               at(a.ref_log_probs), a.advantages ? a.advantages[r] : 1.0f);
+  float* stats = a.stats + r;
+  stats[kStatLogProb * a.rows] = row.log_prob;
+  stats[kStatLse * a.rows] = row.lse;
+  stats[kStatEntropy * a.rows] = float(row.entropy);
+  write_stats(a.objective, token, float(row.entropy), a.weights[r], stats, a.rows);
 
   if (!a.dlogits.data) return;
   const double weight = a.weights[r] * scale.inv_temperature;
-  const double g = weight * token.dlog_prob, k = weight * entropy_coef;
+  const double g = weight * token.dlog_prob, k = weight * a.objective.entropy_coef;
   T* out = row_at<T>(a.dlogits, r);
   if (g == 0.0 && k == 0.0) {
     memset(out, 0, a.vocab * sizeof(T));

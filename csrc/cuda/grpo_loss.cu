@@ -21,24 +21,19 @@ __global__ void __launch_bounds__(kThreads) grpo_loss_kernel(const GrpoLossArgs 
   const float z_label = cap(to_float(row[label]), softcap);
   const RowSums sums = row_sums(row, args.vocab, inv_temperature, softcap);
   const RowValues v = row_values(sums, z_label, inv_temperature);
-  const TokenObjective token =
-      token_objective(args.objective, v.log_prob, args.old_log_probs ? args.old_log_probs + r : nullptr,
-                      args.ref_log_probs ? args.ref_log_probs + r : nullptr, args.advantages ? args.advantages[r] : 1.0f);
-  const float entropy_coef = args.objective.entropy_coef;
+  const TokenObjective token = token_objective(
+      args.objective, v.log_prob, token_ratio(v.log_prob, args.old_log_probs ? args.old_log_probs + r : nullptr),
+      args.ref_log_probs ? args.ref_log_probs + r : nullptr, args.advantages ? args.advantages[r] : 1.0f);
   if (threadIdx.x == 0) {
     float* stats = args.stats + r;
-    stats[kStatLoss * args.rows] = token.loss - (entropy_coef != 0.0f ? entropy_coef * v.entropy : 0.0f);
     stats[kStatLogProb * args.rows] = v.log_prob;
     stats[kStatLse * args.rows] = v.lse;
     stats[kStatEntropy * args.rows] = v.entropy;
-    stats[kStatKl * args.rows] = token.kl;
-    stats[kStatRatio * args.rows] = token.ratio;
-    stats[kStatClipLow * args.rows] = token.clip_low;
-    stats[kStatClipHigh * args.rows] = token.clip_high;
+    write_stats(args.objective, token, v.entropy, args.weights[r], stats, args.rows);
   }
   if (!out) return;
   const float weight = args.weights[r] * inv_temperature;
-  const float g = weight * token.dlog_prob, k = weight * entropy_coef;
+  const float g = weight * token.dlog_prob, k = weight * args.objective.entropy_coef;
   const float a = k * inv_temperature / sums.sum;
   const float b = ((k != 0.0f ? k * (v.entropy - v.log_sum) : 0.0f) - g) / sums.sum;
   row_gradient(row, out, args.vocab, label, inv_temperature, softcap, sums.maximum, a, b, g);
