@@ -5,7 +5,7 @@
 namespace regrpo::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 1024;
 
 struct Sum {
   __device__ double operator()(double a, double b) const { return a + b; }

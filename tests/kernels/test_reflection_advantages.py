@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.interpreter import GridExecutor
 
 from regrpo_kernels import ReflectionAdvantages, Segment, group_advantages, reflection_advantages
+from regrpo_kernels._library import CUDA_ARCHITECTURES, triton_interpreted
 
 C, A, O, R = Segment.CONTEXT, Segment.ACTION, Segment.OBSERVATION, Segment.REFLECTION  # noqa: E741
 NAN = float("nan")
@@ -146,6 +148,78 @@ def test_long_sequences_and_empty_ones(where, poisoned_empty):
         assert torch.isfinite(tensor).all()
     again = run(where, success, segment_ids, cu_seqlens, 3)
     assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
+
+
+LENGTHS = [0, 700, 3, 0, 41, 1, 1300, 0, 2, 64, 90, 5]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "groups",
+    [1, 4, 12, torch.arange(12) % 5, torch.tensor([0] * 11 + [9])],
+    ids=["of 1", "of 4", "of 12", "interleaved", "11 and 1"],
+)
+def test_ragged_groups_match_the_reference(where, groups, dtype, scale, poisoned_empty):
+    generator = torch.Generator().manual_seed(1)
+    segment_ids = torch.randint(0, 4, (sum(LENGTHS),), generator=generator).to(dtype)
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    success = torch.rand(len(LENGTHS), generator=generator)
+    out = run(where, success, segment_ids, cu_seqlens, groups, scale=scale)
+    wanted = run(("reference", "cpu"), success, segment_ids, cu_seqlens, groups, scale=scale)
+    for actual, expected in zip(out, wanted, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=3e-7, atol=1e-9)
+
+
+def test_thousands_of_members_in_one_group(where):
+    members = 3000
+    segment_ids = torch.arange(3 * members) % 4
+    cu_seqlens = torch.arange(0, 3 * members + 1, 3, dtype=torch.int32)
+    success = (torch.arange(members) % 3 == 0).float()
+    out = run(where, success, segment_ids.to(torch.uint8), cu_seqlens, members, scale="batch")
+    wanted = run(("reference", "cpu"), success, segment_ids, cu_seqlens, members, scale="batch")
+    for actual, expected in zip(out, wanted, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=3e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [2, torch.tensor([5, 3, 5, 3])], ids=["size", "ids"])
+@pytest.mark.skipif(not triton_interpreted(), reason="needs the interpreter of Triton")
+def test_triton_launches_once(groups, monkeypatch):
+    launched = []
+    launch = GridExecutor.__call__
+
+    def counted(executor, *args, **kwargs):
+        launched.append(executor.fn.__name__)
+        return launch(executor, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    segment_ids, cu_seqlens = packed([[A, R], [C], [A], []])
+    run(("triton", "cpu"), torch.ones(4), segment_ids, cu_seqlens, groups, scale="batch")
+    group_advantages(torch.ones(4), groups, impl="triton")
+    assert launched == ["_reflection_advantages_kernel", "_group_advantages_kernel"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("impl", ["triton", "cuda"] if CUDA_ARCHITECTURES else ["triton"])
+@pytest.mark.parametrize("groups", [2, torch.tensor([5, 3, 5, 3])], ids=["size", "ids"])
+def test_launches_once_on_a_gpu(impl, groups):
+    segment_ids, cu_seqlens = (x.cuda() for x in packed([[A, R], [C], [A], []]))
+    success = torch.ones(4, device="cuda")
+    groups = groups.cuda() if isinstance(groups, torch.Tensor) else groups
+
+    def op():
+        reflection_advantages(success, segment_ids, cu_seqlens, groups, impl=impl)
+
+    op()  # compiles
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        op()
+        torch.cuda.synchronize()
+    on_gpu = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    assert len(on_gpu) == 1
+    assert "reflection_advantages_kernel" in on_gpu[0]
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
