@@ -64,8 +64,9 @@ void backward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale, 
 template <typename T>
 int backward(TokenLogProbsArgs& a, int num_threads) {
   const RowScale scale{1.0 / a.temperature, float(a.softcap)};
-  const bool stream = is_aligned<T>(a.dlogits);
-  advise_huge_pages(a.dlogits.data, a.rows * a.vocab * int64_t(sizeof(T)));
+  const bool fresh = a.dlogits.data != a.logits.data;
+  const bool stream = fresh && is_aligned<T>(a.dlogits);
+  if (fresh) advise_huge_pages(a.dlogits.data, a.rows * a.vocab * int64_t(sizeof(T)));
   for_each_row(a.rows, a.vocab, num_threads, [&](int64_t r, int64_t) {
     if (a.labels[r] == kIgnore || (a.dlog_probs[r] == 0.0f && (!a.dentropy || a.dentropy[r] == 0.0f))) {
       memset(row_at<T>(a.dlogits, r), 0, a.vocab * sizeof(T));

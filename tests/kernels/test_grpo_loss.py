@@ -95,6 +95,7 @@ def test_every_policy_and_kl_estimator(implementation, policy, kl_estimator):
     "options",
     [
         {"delta": 1.3},
+        {"delta": 1.05},
         {"entropy_coef": 0.2},
         {"softcap": 6.0},
         {"softcap": 6.0, "entropy_coef": 0.1, "temperature": 1.4},
