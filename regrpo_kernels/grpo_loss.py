@@ -184,9 +184,9 @@ def _(dlogits, scale, impl):
     return None
 
 
-_USED = (
-    "grpo_loss: its gradient was already used by an earlier backward; call "
-    "backward(retain_graph=True) the first time, or grpo_loss again"
+USED = (
+    "{0}: its gradient was already used by an earlier backward; call "
+    "backward(retain_graph=True) the first time, or {0} again"
 )
 
 
@@ -201,19 +201,19 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dloss, dstats, ddlogits):
     dlogits = ctx.dlogits
     if dlogits is None:
-        raise RuntimeError(_USED)
-    # given away, so that autograd can keep it as the .grad of a leaf without a copy; not while the
-    # graph is kept for another backward, nor while a compiler traces
-    if (
-        ctx.consume
-        and type(dlogits) is Tensor
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
+        raise RuntimeError(USED.format("grpo_loss"))
+    # given away, so that autograd can keep it as the .grad of a leaf without a copy
+    if ctx.consume and may_give_away(dlogits):
         ctx.dlogits = None
     else:
         dlogits = dlogits.clone()
     torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
     return dlogits, *[None] * 13
+
+
+def may_give_away(gradient: Tensor) -> bool:
+    """Not while the graph is kept for another backward, nor while a compiler traces."""
+    return type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 torch.library.register_autograd(
@@ -236,7 +236,7 @@ class _InplaceGrpoLoss(torch.autograd.Function):
     def backward(ctx, dloss, dstats):
         dlogits = ctx.dlogits
         if dlogits is None:
-            raise RuntimeError(_USED)
+            raise RuntimeError(USED.format("grpo_loss"))
         ctx.dlogits = None
         torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
         return dlogits, *[None] * 11

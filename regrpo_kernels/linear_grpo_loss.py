@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from regrpo_kernels._library import choose_impl, library
-from regrpo_kernels.grpo_loss import LossOutput, grpo_loss_reference, loss_output
+from regrpo_kernels.grpo_loss import (
+    USED,
+    LossOutput,
+    grpo_loss_reference,
+    loss_output,
+    may_give_away,
+)
 from regrpo_kernels.grpo_rows import (
     ROW_INPUTS,
     STATS,
@@ -29,7 +35,7 @@ from regrpo_kernels.objective import Objective
 
 library.define(
     f"linear_grpo_loss(Tensor hidden, Tensor weight, Tensor? bias, {ROW_INPUTS}, "
-    "bool[] needs, str impl) "
+    "bool[] needs, bool consume, str impl) "
     "-> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 
@@ -37,7 +43,7 @@ library.define(
 def _linear_grpo_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *row_inputs, needs, impl = arguments
+    *row_inputs, needs, _, impl = arguments
     inputs = RowInputs(*row_inputs)
     selected = inputs.mask.flatten().nonzero().squeeze(1)
     head = LinearHead(hidden, weight, bias, selected, needs)
@@ -95,23 +101,30 @@ for _device in ("CPU", "CUDA"):
 def _(hidden, weight, bias, labels, *arguments):
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     stats = loss.new_empty((len(STATS), *labels.shape))
-    return loss, stats, *fake_gradients(hidden, weight, bias, arguments[-2])
+    return loss, stats, *fake_gradients(hidden, weight, bias, arguments[-3])
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, stats, *gradients = output
-    ctx.needs = inputs[-2]
-    ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(stats, *gradients)
+    _, stats, *ctx.gradients = output
+    *_, ctx.needs, ctx.consume, ctx.impl = inputs
+    ctx.mark_non_differentiable(stats, *ctx.gradients)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dloss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    scaled = [
-        (gradient * dloss).to(gradient.dtype) if need else None
-        for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    ]
-    return *scaled, *[None] * 12
+    if ctx.gradients is None:
+        raise RuntimeError(USED.format("linear_grpo_loss"))
+    gradients = ctx.gradients
+    # given away, so that autograd can keep them as the .grad of leaves without a copy
+    if ctx.consume and all(map(may_give_away, gradients)):
+        ctx.gradients = None
+    else:
+        gradients = [gradient.clone() for gradient in gradients]
+    for gradient in gradients:
+        rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.unsqueeze(0)
+        torch.ops.regrpo_kernels.scale_gradient_(rows, dloss, ctx.impl)
+    kept = [g if need else None for g, need in zip(gradients, ctx.needs, strict=True)]
+    return *kept, *[None] * 13
 
 
 torch.library.register_autograd(
@@ -173,6 +186,7 @@ def linear_grpo_loss(
             bias,
             *RowInputs.of(labels, tokens, objective),
             gradient_needs(hidden, weight, bias),
+            True,
             chosen,
         )
     return loss_output(loss, stats, tokens.mask, ref_log_probs is not None)

@@ -186,10 +186,9 @@ def grpo_loss(
 
 def scale_gradient(dlogits: Tensor, scale: Tensor) -> None:
     """`dlogits *= scale`, decided on the device: a scale of 1 costs neither a pass nor a sync."""
-    vocab = dlogits.shape[-1]
-    num_rows = dlogits.numel() // vocab
-    if num_rows == 0:
+    if dlogits.numel() == 0:
         return
-    _scale_gradient_kernel[(num_rows,)](
+    vocab = dlogits.shape[-1]
+    _scale_gradient_kernel[(dlogits.numel() // vocab,)](
         dlogits, *rows(dlogits)[1:], scale, vocab, BLOCK_V=4096, num_warps=8
     )

@@ -210,7 +210,7 @@ def test_opcheck(impl):
     tensors = trained(layer).values()
     opcheck(
         OPS.linear_grpo_loss.default,
-        (*tensors, batch["labels"], *tokens, *objective, [True, True, True], impl),
+        (*tensors, batch["labels"], *tokens, *objective, [True, True, True], False, impl),
     )
     for entropy in (False, True):
         opcheck(

@@ -175,7 +175,9 @@ def test_rows_without_a_gradient_leave_the_matmuls(ratio_level, monkeypatch):
     multiplied = []
     product = linear_head._add_product
     monkeypatch.setattr(
-        linear_head, "_add_product", lambda t, a, b: (multiplied.append(len(b)), product(t, a, b))
+        linear_head,
+        "_add_product",
+        lambda t, a, b, add: (multiplied.append(len(b)), product(t, a, b, add)),
     )
     batch = packed_batch()
     del batch["logits"], batch["ref_log_probs"], batch["old_log_probs"]
