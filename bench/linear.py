@@ -203,4 +203,5 @@ def _gemms_provider(batch: Batch, gemms: int) -> Provider:
 
         return call
 
-    return Provider(f"{gemms} GEMMs", "floor", build, out_bytes, checked=False)
+    name = "1 GEMM" if gemms == 1 else f"{gemms} GEMMs"
+    return Provider(name, "floor", build, out_bytes, checked=False)
