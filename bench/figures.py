@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.tables import Record, cases, floor_seconds, seconds_of
 
@@ -86,8 +87,9 @@ def _bars(
     kinds: tuple[str, ...],
     value: Callable[[list[Record], Record], float | None],
     text: str,
-    log: bool,
     form: str,
+    log: bool = False,
+    start: float = 0.0,
 ) -> plt.Figure | None:
     """Horizontal bars, a group for each case and a bar for each provider."""
     colors = _colors(shown)
@@ -97,21 +99,25 @@ def _bars(
         bars = [(r, v) for r in _valid(case, kinds) if (v := value(case, r)) is not None]
         if not bars:
             continue
-        ticks.append(y + (len(bars) - 1) / 2)
-        names.append(label(case))
+        lines = label(case)
+        room = max(len(bars), 1 + lines.count("\n"))  # of the bars, or of their label
+        ticks.append(y + (room - 1) / 2)
+        names.append(lines)
+        y += (room - len(bars)) / 2
         for record, length in bars:
             used.add(record["provider"])
-            axes.barh(y, length, color=colors[record["provider"]], height=0.9)
+            color = colors[record["provider"]]
+            axes.barh(y, length - start, left=start, color=color, height=0.9)
             axes.annotate(
                 form.format(length),
-                (length, y),
+                (max(length, start), y),
                 (2, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=6,
             )
             y += 1
-        y += 1
+        y += 1 + (room - len(bars)) / 2
     if not ticks:
         plt.close(figure)
         return None
@@ -121,6 +127,9 @@ def _bars(
     axes.set_xlabel(text)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for n, c in colors.items() if n in used]
@@ -137,6 +146,7 @@ def _bars(
 
 def _speedup(shown: list[list[Record]]) -> plt.Figure | None:
     """How many times as long each other provider takes as the fastest of ours."""
+    shown = [case for case in shown if not case[0]["once"]]
 
     def value(case: list[Record], record: Record) -> float | None:
         best = seconds_of(case, "ours")
@@ -147,8 +157,9 @@ def _speedup(shown: list[list[Record]]) -> plt.Figure | None:
         ("eager", "torch.compile", "peer"),
         value,
         "time over that of ours (log scale; more than 1: ours is faster)",
-        True,
         "{:.1f}",
+        log=True,
+        start=1.0,
     )
     if figure is not None:
         figure.axes[0].axvline(1, color=COLORS["ours"], linewidth=1)
@@ -157,6 +168,7 @@ def _speedup(shown: list[list[Record]]) -> plt.Figure | None:
 
 def _bandwidth(shown: list[list[Record]]) -> plt.Figure | None:
     """Share of the speed of copy (row ops) or of the matmuls alone (linear ops)."""
+    shown = [case for case in shown if not case[0]["once"]]
 
     def value(case: list[Record], record: Record) -> float | None:
         floor = floor_seconds(case, record)
@@ -167,7 +179,6 @@ def _bandwidth(shown: list[list[Record]]) -> plt.Figure | None:
         ("ours", "torch.compile", "peer"),
         value,
         "% of the speed of copy (row ops) or of the matmuls alone (linear ops), in the same run",
-        False,
         "{:.0f}",
     )
     if figure is not None:
@@ -182,7 +193,8 @@ def _memory(shown: list[list[Record]]) -> plt.Figure | None:
         gradient,
         ("ours", "eager", "torch.compile", "peer"),
         lambda case, record: max(record["extra"] / 1e6, 1.0),
-        "peak memory of forward + backward beyond the inputs, MB (log scale; 1 stands for less)",
-        True,
+        "peak memory of forward + backward beyond the inputs, MB (log scale; 1: 1 or less)",
         "{:.0f}",
+        log=True,
+        start=0.5,
     )

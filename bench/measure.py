@@ -224,6 +224,7 @@ def _record(case: Case, run: Run, foreign_cores: float) -> dict[str, Any]:
         "seconds": min(run.seconds) if done else None,
         "median": statistics.median(run.seconds) if done else None,
         "rounds": len(run.seconds),
+        "once": case.once,
         "extra": run.extra if done else None,
         "error": run.error,
         "traffic": provider.traffic,
