@@ -90,6 +90,11 @@ class LinearCase:
         return " ".join(filter(None, (self.shape, self.dtype, self.variant)))
 
 
+def shares(tokens: int) -> list[float]:
+    """Those of which a token is left."""
+    return [share for share in SHARES if share * tokens >= 1]
+
+
 def row_cases(device: str, grid: bool) -> list[RowCase]:
     if not grid:
         if device == "cpu":
@@ -102,7 +107,7 @@ def row_cases(device: str, grid: bool) -> list[RowCase]:
     for dtype in ("bfloat16", "float32"):
         for vocab in VOCABULARIES:
             for tokens in TOKENS:
-                cases += [RowCase(tokens, vocab, dtype, share) for share in SHARES]
+                cases += [RowCase(tokens, vocab, dtype, share) for share in shares(tokens)]
                 cases.append(RowCase(tokens, vocab, dtype, logits="peaked"))
                 cases.append(RowCase(tokens, vocab, dtype, view="shifted"))
     return cases
@@ -115,7 +120,7 @@ def linear_cases(device: str, grid: bool) -> list[LinearCase]:
             LinearCase(tokens, vocab, hidden, dtype, share, head)
             for vocab in VOCABULARIES
             for tokens in TOKENS
-            for share in SHARES
+            for share in shares(tokens)
             for head in ("trained", "frozen")
         ]
     if device == "cpu":  # eager takes about 2 s on two cores

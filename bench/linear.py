@@ -14,7 +14,6 @@ from bench.machine import DEVICE
 from bench.measure import Call, Case, Provider
 from bench.rows import (
     SAMPLED,
-    backward,
     compiled,
     double_log_probs,
     implementations,
@@ -78,6 +77,10 @@ class Batch:
 
     def log_probs_error(self, result: Tensor) -> float:
         return relative_error(result[self.at], self.expected["log_probs"])
+
+
+def backward(forward: Call) -> Call:
+    return lambda: forward().backward()
 
 
 def linear_measurement(op: str, batch: Batch) -> tuple[Case, list[Provider]]:

@@ -84,13 +84,16 @@ def timed(call: Call) -> float:
     if DEVICE.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        result = call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+        seconds = start.elapsed_time(end) / 1e3
+    else:
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+    del result  # freeing it is not timed
+    return seconds
 
 
 def timed_with_memory(call: Call) -> tuple[float, int]:
@@ -174,6 +177,7 @@ def _warm_up(case: Case, run: Run) -> None:
     if not run.provider.checked:
         return
     run.error = case.error(result)
+    del result
     if not run.error <= case.tolerance:
         said = f"relative error {run.error:.1g}"
         assert run.provider.kind != "ours", f"{run.provider.name}: {said}"

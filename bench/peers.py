@@ -78,9 +78,10 @@ def _trl_log_probs(batch: RowBatch, entropy: bool) -> Call:
 def _trl_loss(batch: RowBatch) -> Call:
     function = _trl_function(entropy=False)
 
-    def call() -> None:
+    def call() -> Tensor:
         log_probs = function(batch.logits, batch.labels, row_mask=batch.mask)
-        eager.objective(log_probs, *batch.tokens[1:]).backward()
+        loss = eager.objective(log_probs, *batch.tokens[1:])
+        return torch.autograd.grad(loss, batch.logits)[0]
 
     return call
 
@@ -98,7 +99,7 @@ def _liger_loss(batch: RowBatch) -> Call:
     labels, _, old, ref, mask = batch.padded_tokens
     mask = mask.int()
 
-    def call() -> None:
+    def call() -> Tensor:
         loss, _ = triton_grpo_loss(
             batch.padded,
             old,
@@ -114,7 +115,7 @@ def _liger_loss(batch: RowBatch) -> Call:
             loss_type="dapo",  # the mean over the tokens of the mask
             reduce=True,
         )
-        loss.backward()
+        return torch.autograd.grad(loss, batch.padded)[0]
 
     return call
 
@@ -134,10 +135,11 @@ def _quack_loss(batch: RowBatch) -> Call:
 
     labels = batch.masked_labels.flatten()
 
-    def call() -> None:
+    def call() -> Tensor:
         rows = batch.logits.view(-1, batch.case.vocab)
         nll = cross_entropy(rows, labels, reduction="none", inplace_backward=True)
-        eager.objective(-nll.view(batch.labels.shape), *batch.tokens[1:]).backward()
+        loss = eager.objective(-nll.view(batch.labels.shape), *batch.tokens[1:])
+        return torch.autograd.grad(loss, batch.logits)[0]
 
     return call
 

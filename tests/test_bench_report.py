@@ -199,7 +199,7 @@ def test_the_grid_has_every_shape_once(device):
     rows = cases.row_cases(device, grid=True)
     assert len(set(map(str, rows))) == len(rows)
     assert {(c.vocab, c.tokens, c.share) for c in rows} == {
-        (v, t, s) for v in cases.VOCABULARIES for t in cases.TOKENS for s in cases.SHARES
+        (v, t, s) for v in cases.VOCABULARIES for t in cases.TOKENS for s in cases.shares(t)
     }
     assert {c.logits for c in rows} == {"flat", "peaked"}
     assert {c.view for c in rows} == {"packed", "shifted"}
