@@ -87,6 +87,12 @@ def pytest_configure(config):
     config.option.benchmark_sort = "name"
 
 
+def pytest_report_header(config):
+    load = config.stash[SESSION].load_at_start
+    busy = f": warning, above {tables.QUIET}, ratios may be off" if load > tables.QUIET else ""
+    return f"load average {load:.2f}{busy}"
+
+
 @pytest.fixture(scope="session")
 def session(pytestconfig):
     return pytestconfig.stash[SESSION]

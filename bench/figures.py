@@ -21,16 +21,17 @@ COLORS = {
     "floor": "#333333",
 }
 PEERS = ("#9e2a2b", "#5f8d4e", "#7b5ea7", "#c2703d")
-MOST_CASES = 14  # in one figure; a grid has hundreds, and its tables hold the rest
+MOST_CASES = 20  # in one figure; a grid has hundreds, and its tables hold the rest
 
 
 def draw(records: list[Record], folder: Path, name: str) -> list[Path]:
     """Writes `<name>-speedup.svg`, `-bandwidth.svg` and `-memory.svg`, those that have data."""
     plt.rcParams.update({"font.size": 8, "svg.hashsalt": "regrpo", "svg.fonttype": "path"})
     shown = headline(cases(records))
+    colors = _colors(shown)
     written = []
     for kind, plot in (("speedup", _speedup), ("bandwidth", _bandwidth), ("memory", _memory)):
-        figure = plot(shown)
+        figure = plot(shown, colors)
         if figure is None:
             continue
         path = folder / f"{name}-{kind}.svg"
@@ -65,7 +66,7 @@ def _valid(case: list[Record], kinds: tuple[str, ...]) -> list[Record]:
 
 
 def _colors(shown: list[list[Record]]) -> dict[str, str]:
-    """One color a provider, the same in all groups."""
+    """One color a provider, the same in all figures."""
     colors: dict[str, str] = {}
     for record in (r for case in shown for r in case):
         name, kind = record["provider"], record["kind"]
@@ -84,6 +85,7 @@ def _colors(shown: list[list[Record]]) -> dict[str, str]:
 
 def _bars(
     shown: list[list[Record]],
+    colors: dict[str, str],
     kinds: tuple[str, ...],
     value: Callable[[list[Record], Record], float | None],
     text: str,
@@ -92,7 +94,6 @@ def _bars(
     start: float = 0.0,
 ) -> plt.Figure | None:
     """Horizontal bars, a group for each case and a bar for each provider."""
-    colors = _colors(shown)
     ticks, names, used, y = [], [], set(), 0.0
     figure, axes = plt.subplots()
     for case in shown:
@@ -127,7 +128,8 @@ def _bars(
     axes.set_xlabel(text)
     if log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12)
@@ -144,7 +146,7 @@ def _bars(
     return figure
 
 
-def _speedup(shown: list[list[Record]]) -> plt.Figure | None:
+def _speedup(shown: list[list[Record]], colors: dict[str, str]) -> plt.Figure | None:
     """How many times as long each other provider takes as the fastest of ours."""
     shown = [case for case in shown if not case[0]["once"]]
 
@@ -154,6 +156,7 @@ def _speedup(shown: list[list[Record]]) -> plt.Figure | None:
 
     figure = _bars(
         shown,
+        colors,
         ("eager", "torch.compile", "peer"),
         value,
         "time over that of ours (log scale; more than 1: ours is faster)",
@@ -166,7 +169,7 @@ def _speedup(shown: list[list[Record]]) -> plt.Figure | None:
     return figure
 
 
-def _bandwidth(shown: list[list[Record]]) -> plt.Figure | None:
+def _bandwidth(shown: list[list[Record]], colors: dict[str, str]) -> plt.Figure | None:
     """Share of the speed of copy (row ops) or of the matmuls alone (linear ops)."""
     shown = [case for case in shown if not case[0]["once"]]
 
@@ -176,6 +179,7 @@ def _bandwidth(shown: list[list[Record]]) -> plt.Figure | None:
 
     figure = _bars(
         shown,
+        colors,
         ("ours", "torch.compile", "peer"),
         value,
         "% of the speed of copy (row ops) or of the matmuls alone (linear ops), in the same run",
@@ -186,11 +190,12 @@ def _bandwidth(shown: list[list[Record]]) -> plt.Figure | None:
     return figure
 
 
-def _memory(shown: list[list[Record]]) -> plt.Figure | None:
+def _memory(shown: list[list[Record]], colors: dict[str, str]) -> plt.Figure | None:
     """Peak memory of one call beyond its inputs."""
     gradient = [case for case in shown if "grpo_loss" in case[0]["op"]]
     return _bars(
         gradient,
+        colors,
         ("ours", "eager", "torch.compile", "peer"),
         lambda case, record: max(record["extra"] / 1e6, 1.0),
         "peak memory of forward + backward beyond the inputs, MB (log scale; 1: 1 or less)",
