@@ -27,8 +27,13 @@ def rows(impl: str, device: str, tokens: int, vocab: int, dtype: torch.dtype) ->
     padded = torch.randn(2, tokens + 1, vocab, device=device).to(dtype)
     labels = torch.randint(vocab, (2, tokens), device=device)
     labels[0, 0] = -100
-    objective = Objective(beta=0.1, entropy_coef=0.01, softcap=30.0, delta=4.0)
-    for view, y in ((padded[:, :-1], labels), (padded[0, :-1], labels[0])):
+    token = Objective(beta=0.1, entropy_coef=0.01, softcap=30.0, delta=4.0)
+    sequence = Objective(ratio_level="sequence", beta=0.1, loss_agg_mode="seq-mean-token-mean")
+    for view, y, objective in (
+        (padded[:, :-1], labels, token),
+        (padded[0, :-1], labels[0], token),
+        (padded[:, :-1], labels, sequence),
+    ):
         x = view.detach().requires_grad_()
         out = token_log_probs(x, y, return_entropy=True, impl=impl)
         (out.log_probs.sum() + out.entropy.sum()).backward()

@@ -112,7 +112,7 @@ sanitizer() {
   for tool in memcheck racecheck synccheck initcheck; do
     for impl in cuda triton; do
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        --kernel-name regex='grpo|log_probs|advantages|rewards|scale_gradient' \
+        --kernel-name regex='grpo|log_probs|advantages|rewards|scale_gradient|objective' \
         "$python" -m bench.sanitizer_cases "$impl" >"$logs/sanitizer-$tool-$impl.log" 2>&1 &
       pids+=($!)
     done
