@@ -19,20 +19,19 @@ struct RowScale {
 };
 
 // y from z. With a fused multiply-add the reference is not m itself but what m * scale rounds to, so that the product
-// needs no rounding of its own.
+// needs no rounding of its own; far from 0, where that is too far from m, the difference comes first.
 struct Exponent {
-  static float scale(const RowScale& s, float m) {
-    // below overflow of m * scale; past that, only values equal to the maximum have a probability
-    const float wanted = float(s.inv_temperature * kLog2e), most = 1e38f / std::fabs(m);
-    return wanted < most ? wanted : most;
-  }
-  static double reference(const RowScale& s, float m) {
-    return Vec::fused ? double(m * scale(s, m)) / scale(s, m) : double(m);
-  }
+  bool fused;
+  float scale;
+  double reference;
   Vec factor, m, offset;
   Exponent(const RowScale& s, float m)
-      : factor(Vec::fill(scale(s, m))), m(Vec::fill(m)), offset(Vec::fill(-(m * scale(s, m)))) {}
-  Vec operator()(Vec z) const { return Vec::fused ? fma(z, factor, offset) : (z - m) * factor; }
+      : scale(float(s.inv_temperature * kLog2e)), factor(Vec::fill(scale)), m(Vec::fill(m)),
+        offset(Vec::fill(-(m * scale))) {
+    fused = Vec::fused && std::fabs(m * scale) < 1048576.0f;
+    reference = fused ? double(m * scale) / scale : double(m);
+  }
+  Vec operator()(Vec z) const { return fused ? fma(z, factor, offset) : (z - m) * factor; }
 };
 
 struct RowSums {
@@ -154,7 +153,7 @@ RowSums row_forward(const T* p, int64_t vocab, const RowScale& scale, const T* p
   RowSums r{-INFINITY, 0.0, 0.0};
   const bool overwrites = KEEP && static_cast<const void*>(kept->e) == p;
   const auto rebase = [&](float m) {
-    const double shift = (Exponent::reference(scale, r.m) - Exponent::reference(scale, m)) * scale.inv_temperature;
+    const double shift = (Exponent(scale, r.m).reference - Exponent(scale, m).reference) * scale.inv_temperature;
     const double shrink = exp(shift);
     if (r.sum > 0.0) r.moment = shrink * (r.moment + shift * kLog2e * r.sum);  // y' = y + shift / ln 2
     r.sum *= shrink;
@@ -204,7 +203,7 @@ struct RowValues {
 };
 inline RowValues row_values(const RowSums& r, float z_label, const RowScale& scale) {
   RowValues v;
-  const double reference = Exponent::reference(scale, r.m);
+  const double reference = Exponent(scale, r.m).reference;
   v.log_sum = log(r.sum);
   const double log_prob = (double(z_label) - reference) * scale.inv_temperature - v.log_sum;
   v.log_prob = log_prob > 0.0 ? 0.0f : float(log_prob);  // rounding of the sum must not make a probability exceed 1
@@ -274,12 +273,12 @@ void row_gradient(const T* p, T* out, int64_t vocab, int64_t label, const RowSca
 template <typename T, bool STREAM>
 void kept_gradient(const Kept& kept, T* out, int64_t vocab, int64_t label, float z_label, const RowScale& scale,
                    const RowGradient& g) {
-  const double reference = Exponent::reference(scale, g.m);
+  const double reference = Exponent(scale, g.m).reference;
   Vec b = Vec::fill(0.0f);
   int64_t i = 0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const float m = kept.m[begin / kBlock];
-    const double shift = (Exponent::reference(scale, m) - reference) * scale.inv_temperature;
+    const double shift = (Exponent(scale, m).reference - reference) * scale.inv_temperature;
     b = Vec::fill(float(g.b * exp(shift)));
     const int64_t end = vocab - begin < kBlock ? vocab - kStep : begin + kBlock - kStep;
     for (; i <= end; i += kStep) {

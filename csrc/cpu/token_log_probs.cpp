@@ -49,7 +49,7 @@ void backward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale) 
   const double k = a.dentropy ? -a.dentropy[r] * scale.inv_temperature : 0.0;
   RowGradient gradient;
   gradient.m = float(a.lse[r] * a.temperature);
-  const double rest = Exponent::reference(scale, gradient.m) * scale.inv_temperature - a.lse[r];
+  const double rest = Exponent(scale, gradient.m).reference * scale.inv_temperature - a.lse[r];
   gradient.at_label = g;
   gradient.b = (-g + (k != 0.0 ? k * (a.entropy[r] + rest) : 0.0)) * exp(rest);
   gradient.a = k * kLn2 * exp(rest);

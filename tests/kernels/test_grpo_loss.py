@@ -60,7 +60,8 @@ def inplace(request, implementation):
 
 @pytest.mark.parametrize("vocab", [5000, 6144])
 @pytest.mark.parametrize(
-    "rows", ["rising", "falling", "one block far up", "forbidden block first", "far below 0"]
+    "rows",
+    ["rising", "falling", "one block far up", "forbidden block first", "far below 0", "huge"],
 )
 def test_rows_whose_maximum_moves(implementation, dtype, inplace, vocab, rows):
     """Blocks of a row are summed relative to a reference that may move from block to block."""
@@ -74,8 +75,11 @@ def test_rows_whose_maximum_moves(implementation, dtype, inplace, vocab, rows):
     elif rows == "forbidden block first":
         logits[:, :4096] = -torch.inf
         batch["labels"] = batch["labels"] % 900 + 4096
-    else:
+    elif rows == "far below 0":
         logits -= 30000
+    else:
+        logits = logits * 2e3 + 6e4 if dtype == torch.float16 else logits * 1e31 + 1e32
+        logits = logits.clamp(max=torch.finfo(dtype).max)
     batch["logits"] = logits.to(dtype)
     log_probs = log_probs64(batch["logits"], batch["labels"])[0].float()
     batch |= {"old_log_probs": None, "ref_log_probs": None}  # a ratio of 1: they are far from 0
