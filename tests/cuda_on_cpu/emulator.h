@@ -39,7 +39,7 @@ inline std::vector<Launch> launches;  // all so far
 inline std::string error;             // of the last launch
 inline bool copies_land_late = true, falling_order = false;
 
-constexpr size_t kStack = 64 << 10, kGuard = 256;
+constexpr size_t kStack = 64 << 10, kGuard = 16 << 10;
 constexpr unsigned kWarpSize = 32;
 
 struct Barrier { unsigned generation = 0, arrived = 0; };
