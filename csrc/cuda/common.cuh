@@ -16,7 +16,8 @@ constexpr float kLowest = -3.402823466e+38f;  // a maximum that keeps -inf - -in
 // ---- elements --------------------------------------------------------------------------------------------
 template <typename T>
 __device__ __forceinline__ T* row_at(const Rows& rows, int64_t r) {
-  return static_cast<T*>(rows.data) + (r / rows.inner) * rows.stride_outer + (r % rows.inner) * rows.stride_inner;
+  const int64_t outer = r < rows.inner ? 0 : r / rows.inner;  // packed rows need no division
+  return static_cast<T*>(rows.data) + outer * rows.stride_outer + (r - outer * rows.inner) * rows.stride_inner;
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -48,8 +48,8 @@ struct alignas(128) ClusterShared {
 };
 
 // Packets of a slice, in 128-byte lines. Bounded by the whole row's, so it does not depend on the row's alignment.
-__host__ __device__ inline int slice_packets(int64_t row_bytes, int ranks) {
-  return static_cast<int>((row_bytes / 128 + ranks) / ranks * 8);
+__host__ __device__ inline int64_t slice_packets(int64_t row_bytes, int ranks) {
+  return (row_bytes / 128 + ranks) / ranks * 8;
 }
 
 template <typename T, bool CAP, bool ENTROPY>
@@ -74,8 +74,9 @@ template <typename T, bool CAP>
 __device__ __forceinline__ void sweep_cluster(const GrpoLossArgs& args, const RowScale& scale) {
   const unsigned rank = cluster_rank(), ranks = cluster_size();
   const int64_t r = blockIdx.x / ranks;
+  const bool trained = args.mask[r];
   T* out = args.dlogits.data ? row_at<T>(args.dlogits, r) : nullptr;
-  if (!args.mask[r]) {
+  if (!trained) {
     if (rank == 0) skip_stats(args, r);
     if (out) zero_row(out, args.vocab, rank * kClusterThreads + threadIdx.x, ranks * kClusterThreads);
     return;
@@ -84,20 +85,20 @@ __device__ __forceinline__ void sweep_cluster(const GrpoLossArgs& args, const Ro
   const RowLayout<T> layout(row, args.vocab);
   auto& shared = *reinterpret_cast<ClusterShared*>(dynamic_shared_memory());
   uint4* slice = reinterpret_cast<uint4*>(&shared + 1);
-  const int per_rank = slice_packets(args.vocab * int64_t(sizeof(T)), ranks);
+  const int per_rank = static_cast<int>(slice_packets(args.vocab * int64_t(sizeof(T)), ranks));
   const int begin = min(layout.packets, static_cast<int>(rank) * per_rank);
   const int count = min(layout.packets - begin, per_rank);
   const int per_stage = (count + kStages - 1) / kStages;
 
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) init_barrier(&shared.loaded[stage]);
+  if (threadIdx.x < kStages) {
+    const int first = min(count, static_cast<int>(threadIdx.x) * per_stage);
+    const unsigned bytes = min(count - first, per_stage) * 16;
+    TransactionBarrier* loaded = &shared.loaded[threadIdx.x];
+    init_barrier(loaded);
     publish_barriers();
-    const uint4* packets = reinterpret_cast<const uint4*>(row + layout.head) + begin;
-    for (int stage = 0; stage < kStages; ++stage) {
-      const int first = min(count, stage * per_stage), bytes = min(count - first, per_stage) * 16;
-      if (bytes == 0) break;
-      expect_bytes(&shared.loaded[stage], bytes);
-      bulk_load(slice + first, packets + first, bytes, &shared.loaded[stage]);
+    if (bytes > 0) {
+      expect_bytes(loaded, bytes);
+      bulk_load(slice + first, reinterpret_cast<const uint4*>(row + layout.head) + begin + first, bytes, loaded);
     }
   }
   cluster_arrive();  // "this CTA runs": others may write to its shared memory
@@ -242,8 +243,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     grpo_loss_row_kernel(const __grid_constant__ GrpoLossArgs args, const __grid_constant__ RowScale scale,
                          const int kept) {
   const int64_t r = blockIdx.x;
+  const bool trained = args.mask[r];
   T* out = args.dlogits.data ? row_at<T>(args.dlogits, r) : nullptr;
-  if (!args.mask[r]) {
+  if (!trained) {
     skip_stats(args, r);
     if (out) zero_row(out, args.vocab, threadIdx.x, kRowThreads);
     return;
@@ -272,17 +274,18 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
 // ---- host ------------------------------------------------------------------------------------------------
 struct ClusterPlan {
-  int ranks, shared_bytes;  // ranks 0: the row does not fit
+  int ranks;  // 0: the row does not fit
+  int64_t shared_bytes;
 };
 
-// The smallest cluster whose slices let two CTAs share a multiprocessor, so that one loads while the other computes;
-// for longer rows, the smallest that holds the row at all. 16 is past what every device must schedule, so it is last.
+// The smallest cluster whose slices let three CTAs share a multiprocessor, or two, so that some load while others
+// compute; for longer rows, the smallest that holds the row at all. Not every device can schedule 16, so that is last.
 ClusterPlan plan_cluster(const Device& device, int64_t row_bytes) {
-  for (const int blocks : {2, 1})
-    for (int ranks = 1; ranks <= (blocks == 2 ? kMaxRanks / 2 : kMaxRanks); ranks *= 2) {
-      const int64_t bytes = int64_t(sizeof(ClusterShared)) + int64_t(slice_packets(row_bytes, ranks)) * 16;
-      if (bytes <= device.shared_for(blocks)) return {ranks, static_cast<int>(bytes)};
-    }
+  const auto bytes = [&](int ranks) { return int64_t(sizeof(ClusterShared)) + slice_packets(row_bytes, ranks) * 16; };
+  for (const int blocks : {3, 2, 1})
+    for (int ranks = 1; ranks <= kMaxRanks / 2; ranks *= 2)
+      if (bytes(ranks) <= device.shared_for(blocks)) return {ranks, bytes(ranks)};
+  if (bytes(kMaxRanks) <= device.shared_for(1)) return {kMaxRanks, bytes(kMaxRanks)};
   return {0, 0};
 }
 
@@ -305,9 +308,10 @@ int launch_rows(const GrpoLossArgs& args, void* stream) {
   }
   const LargeKernel::State state = row_kernel.on(device, grpo_loss_row_kernel<T, CAP>, false);
   if (state.error) return state.error;
-  constexpr int round_bytes = kRowThreads * 16;
-  const int64_t rounds = row_bytes / round_bytes + 1, room = (device.shared_for(2) - sizeof(RowShared)) / round_bytes;
-  const int kept = static_cast<int>(rounds < room ? rounds : room);
+  constexpr int64_t round_bytes = kRowThreads * 16;
+  const int64_t room = (device.shared_for(2) - int64_t(sizeof(RowShared))) / round_bytes;
+  const int64_t rounds = (row_bytes + round_bytes - 1) / round_bytes - kHeld;
+  const int kept = rounds < 0 ? 0 : static_cast<int>(rounds < room ? rounds : room);
   const Shape shape{args.rows, kRowThreads, 1, sizeof(RowShared) + size_t(kept) * round_bytes};
   return launch(grpo_loss_row_kernel<T, CAP>, shape, stream, args, scale, kept);
 }

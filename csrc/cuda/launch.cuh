@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <mutex>
 #include <utility>
 
@@ -89,6 +90,7 @@ struct Shape {
 
 template <typename... P>
 int launch(void (*kernel)(P...), const Shape& shape, void* stream, P... args) {
+  if (shape.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {shape.cluster, 1, 1};

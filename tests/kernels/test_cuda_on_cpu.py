@@ -35,7 +35,7 @@ def slices_of(ranks, vocab, dtype):
     """A device on which a row takes a cluster of so many CTAs."""
     row = vocab * dtype.itemsize
     need = (row // 128 + ranks) // ranks * 128 + CLUSTER_HEADER
-    return (90, need, need + KIB if ranks == 16 else 2 * (need + KIB))
+    return (90, need, need + KIB if ranks == 16 else 3 * (need + KIB))
 
 
 @pytest.fixture(scope="session")
