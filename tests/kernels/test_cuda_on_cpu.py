@@ -323,6 +323,19 @@ def test_peaked_rows_far_from_zero(device, dtype, offset):
     assert torch.isfinite(gradient).all()
 
 
+def test_offsets_past_32_bits(device):
+    stride, vocab = 2**31 + 64, 80
+    batch = make_batch(2, vocab, torch.float16)
+    batch["mask"] = torch.ones(2, dtype=torch.bool)
+    batch["weights"] = torch.full((2,), 0.5)
+    storage = torch.empty(stride + vocab, dtype=torch.float16)  # pages untouched
+    logits = storage.as_strided((2, vocab), (stride, 1))
+    logits.copy_(batch["logits"])
+    rest = {name: value for name, value in batch.items() if name != "logits"}
+    stats = device.grpo_loss(logits, logits, **rest)
+    assert_matches(batch, stats, logits)
+
+
 @pytest.mark.parametrize("value", [1e30, -3e38, 3.4e38])
 def test_huge_equal_logits(device, value):
     """Where fp64 could not tell lse from the maximum."""
