@@ -203,9 +203,9 @@ py::dict build_info() {
   info["cpu_isa"] = names[cpu::best_isa()];
 #ifdef REGRPO_CUDA_ARCHITECTURES
   info["cuda_architectures"] = REGRPO_CUDA_ARCHITECTURES;
-  info["cuda_grpo_loss"] = "a thread-block cluster a row on compute capability 9.x and 10.x, one CTA a row elsewhere";
+  info["cuda_row_kernels"] = "thread-block clusters on compute capability 9.x and 10.x, one CTA a row elsewhere";
 #else
-  info["cuda_architectures"] = info["cuda_grpo_loss"] = "";
+  info["cuda_architectures"] = info["cuda_row_kernels"] = "";
 #endif
   info["compiler"] = __VERSION__;
   return info;

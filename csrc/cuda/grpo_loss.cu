@@ -2,8 +2,7 @@
 //   cluster  (compute capability 9.x and 10.x) the CTAs of a cluster hold the row: one read, one write;
 //   row      (all others, and rows too long for a cluster) one CTA a row keeps what fits in registers and shared
 //            memory, and reads the rest again from L2.
-#include "cuda/common.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/cluster.cuh"
 #include "objective.h"
 
 namespace regrpo::cuda {
@@ -36,110 +35,49 @@ __device__ __forceinline__ void skip_stats(const GrpoLossArgs& args, int64_t r) 
 }
 
 // ---- cluster ---------------------------------------------------------------------------------------------
-constexpr int kClusterThreads = 384;
-constexpr int kMaxRanks = 16;
-constexpr int kStages = 8;  // parts of a CTA's slice that are waited for one by one
-
-// The slice's packets follow it in shared memory.
-struct alignas(128) ClusterShared {
-  TransactionBarrier loaded[kStages];
-  RowSums warps[kClusterThreads / kLanes];
-  RowSums ranks[kMaxRanks];
-};
-
-// Packets of a slice, in 128-byte lines. Bounded by the whole row's, so it does not depend on the row's alignment.
-__host__ __device__ inline int64_t slice_packets(int64_t row_bytes, int ranks) {
-  return (row_bytes / 128 + ranks) / ranks * 8;
-}
-
 template <typename T, bool CAP, bool ENTROPY>
-__device__ __forceinline__ void write_slice(const T* row, T* out, int64_t vocab, const RowLayout<T>& layout,
-                                            int64_t label, float x_label, T edge, const uint4* slice, int begin,
-                                            int count, const RowGradient& gradient, const RowScale& scale) {
-  const GradientWriter<T, CAP, ENTROPY> writer(gradient, scale, layout, label, x_label);
-  const unsigned rank = cluster_rank();
+__device__ __forceinline__ void write_slice(const RowCluster<T>& cluster, const T* row, T* out, int64_t vocab,
+                                            int64_t label, float x_label, const RowGradient& gradient,
+                                            const RowScale& scale) {
+  const GradientWriter<T, CAP, ENTROPY> writer(gradient, scale, cluster.layout, label, x_label);
   if (!same_alignment(row, out)) {
-    const unsigned thread = rank * kClusterThreads + threadIdx.x;
-    return writer.elements(row, out, vocab, thread, cluster_size() * kClusterThreads);
+    const unsigned thread = cluster.rank * kClusterThreads + threadIdx.x;
+    return writer.elements(row, out, vocab, thread, cluster.ranks * kClusterThreads);
   }
-  uint4* packets = reinterpret_cast<uint4*>(out + layout.head) + begin;
-  for (int p = threadIdx.x; p < count; p += kClusterThreads) packets[p] = writer.packet(slice[p], begin + p);
-  if (rank == 0 && threadIdx.x < layout.edges) {
-    const int64_t i = layout.edge(threadIdx.x);
-    writer.element(edge, i, out[i]);
+  uint4* packets = reinterpret_cast<uint4*>(out + cluster.layout.head) + cluster.begin;
+  for (int p = threadIdx.x; p < cluster.count; p += kClusterThreads)
+    packets[p] = writer.packet(cluster.slice[p], cluster.begin + p);
+  if (cluster.has_edge) {
+    const int64_t i = cluster.layout.edge(threadIdx.x);
+    writer.element(cluster.edge, i, out[i]);
   }
 }
 
 template <typename T, bool CAP>
 __device__ __forceinline__ void sweep_cluster(const GrpoLossArgs& args, const RowScale& scale) {
   const unsigned rank = cluster_rank(), ranks = cluster_size();
+  const unsigned thread = rank * kClusterThreads + threadIdx.x;
   const int64_t r = blockIdx.x / ranks;
   const bool trained = args.mask[r];
   T* out = args.dlogits.data ? row_at<T>(args.dlogits, r) : nullptr;
   if (!trained) {
     if (rank == 0) skip_stats(args, r);
-    if (out) zero_row(out, args.vocab, rank * kClusterThreads + threadIdx.x, ranks * kClusterThreads);
+    if (out) zero_row(out, args.vocab, thread, ranks * kClusterThreads);
     return;
   }
   const T* row = row_at<T>(args.logits, r);
-  const RowLayout<T> layout(row, args.vocab);
-  auto& shared = *reinterpret_cast<ClusterShared*>(dynamic_shared_memory());
-  uint4* slice = reinterpret_cast<uint4*>(&shared + 1);
-  const int per_rank = static_cast<int>(slice_packets(args.vocab * int64_t(sizeof(T)), ranks));
-  const int begin = min(layout.packets, static_cast<int>(rank) * per_rank);
-  const int count = min(layout.packets - begin, per_rank);
-  const int per_stage = (count + kStages - 1) / kStages;
-
-  if (threadIdx.x < kStages) {
-    const int first = min(count, static_cast<int>(threadIdx.x) * per_stage);
-    const unsigned bytes = min(count - first, per_stage) * 16;
-    TransactionBarrier* loaded = &shared.loaded[threadIdx.x];
-    init_barrier(loaded);
-    publish_barriers();
-    if (bytes > 0) {
-      expect_bytes(loaded, bytes);
-      bulk_load(slice + first, reinterpret_cast<const uint4*>(row + layout.head) + begin + first, bytes, loaded);
-    }
-  }
-  cluster_arrive();  // "this CTA runs": others may write to its shared memory
-  // read before anyone writes the gradient, which may replace the logits
+  RowCluster<T> cluster(row, args.vocab);
   const int64_t label = args.labels[r];
-  const float x_label = to_float(row[label]);
-  const bool has_edge = rank == 0 && threadIdx.x < layout.edges;
-  T edge{};
-  if (has_edge) edge = row[layout.edge(threadIdx.x)];
-  __syncthreads();  // the barriers are there
-
-  RowSums sums;
-  for (int stage = 0, first = 0; first < count; ++stage, first += per_stage) {
-    wait_barrier(&shared.loaded[stage], 0);
-    const int end = min(count, first + per_stage);
-    for (int p = first + threadIdx.x; p < end; p += kClusterThreads) add_packet<T, CAP>(sums, slice[p], scale);
-  }
-  if (has_edge) add_edge<T, CAP>(sums, edge, scale);
-  sums = merge_block<kClusterThreads>(sums, shared.warps, scale);
-
-  // Every CTA gets every CTA's sums and merges them in the order of the ranks. Nobody reads another's memory, so a CTA
-  // may end while others go on.
-  cluster_wait();
-  if (threadIdx.x < ranks) {
-    store_to_rank(&shared.ranks[rank].maximum, threadIdx.x, sums.maximum);
-    store_to_rank(&shared.ranks[rank].sum, threadIdx.x, sums.sum);
-    store_to_rank(&shared.ranks[rank].moment, threadIdx.x, sums.moment);
-  }
-  cluster_arrive();
-  cluster_wait();
-  sums = merge(shared.ranks, ranks, scale);
-
-  const RowGradient gradient = token_gradient(args, r, sums, capped<CAP>(x_label, scale), scale,
-                                              rank == 0 && threadIdx.x == 0);
+  const float x_label = to_float(row[label]);  // before the gradient may replace it
+  const RowSums sums = cluster.template sums<CAP>(scale);
+  const RowGradient gradient = token_gradient(args, r, sums, capped<CAP>(x_label, scale), scale, thread == 0);
   if (!out) return;
   if (gradient.at_label == 0.0f && gradient.a == 0.0f) {
-    zero_row(out, args.vocab, rank * kClusterThreads + threadIdx.x, ranks * kClusterThreads);
+    zero_row(out, args.vocab, thread, ranks * kClusterThreads);
   } else if (gradient.a == 0.0f) {
-    write_slice<T, CAP, false>(row, out, args.vocab, layout, label, x_label, edge, slice, begin, count, gradient, scale);
+    write_slice<T, CAP, false>(cluster, row, out, args.vocab, label, x_label, gradient, scale);
   } else {
-    write_slice<T, CAP, true>(row, out, args.vocab, layout, label, x_label, edge, slice, begin, count, gradient, scale);
+    write_slice<T, CAP, true>(cluster, row, out, args.vocab, label, x_label, gradient, scale);
   }
 }
 
@@ -273,22 +211,6 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 // ---- host ------------------------------------------------------------------------------------------------
-struct ClusterPlan {
-  int ranks;  // 0: the row does not fit
-  int64_t shared_bytes;
-};
-
-// The smallest cluster whose slices let three CTAs share a multiprocessor, or two, so that some load while others
-// compute; for longer rows, the smallest that holds the row at all. Not every device can schedule 16, so that is last.
-ClusterPlan plan_cluster(const Device& device, int64_t row_bytes) {
-  const auto bytes = [&](int ranks) { return int64_t(sizeof(ClusterShared)) + slice_packets(row_bytes, ranks) * 16; };
-  for (const int blocks : {3, 2, 1})
-    for (int ranks = 1; ranks <= kMaxRanks / 2; ranks *= 2)
-      if (bytes(ranks) <= device.shared_for(blocks)) return {ranks, bytes(ranks)};
-  if (bytes(kMaxRanks) <= device.shared_for(1)) return {kMaxRanks, bytes(kMaxRanks)};
-  return {0, 0};
-}
-
 template <typename T, bool CAP>
 int launch_rows(const GrpoLossArgs& args, void* stream) {
   static LargeKernel cluster_kernel, row_kernel;
@@ -297,15 +219,10 @@ int launch_rows(const GrpoLossArgs& args, void* stream) {
   const RowScale scale = row_scale(args.temperature, args.softcap);
   const int64_t row_bytes = args.vocab * int64_t(sizeof(T));
 
-  if (device.has_clusters()) {
-    const LargeKernel::State state = cluster_kernel.on(device, grpo_loss_cluster_kernel<T, CAP>, true);
-    if (state.error) return state.error;
-    const ClusterPlan plan = plan_cluster(device, row_bytes);
-    if (plan.ranks && state.ptx_version >= 90) {
-      const Shape shape{args.rows * plan.ranks, kClusterThreads, unsigned(plan.ranks), size_t(plan.shared_bytes)};
-      return launch(grpo_loss_cluster_kernel<T, CAP>, shape, stream, args, scale);
-    }
-  }
+  int status;
+  if (launch_clusters(cluster_kernel, grpo_loss_cluster_kernel<T, CAP>, device, args.rows, row_bytes, stream, &status,
+                      args, scale))
+    return status;
   const LargeKernel::State state = row_kernel.on(device, grpo_loss_row_kernel<T, CAP>, false);
   if (state.error) return state.error;
   constexpr int64_t round_bytes = kRowThreads * 16;

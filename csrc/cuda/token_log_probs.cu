@@ -1,6 +1,6 @@
-// token_log_probs: one CTA a row, one read; backward: one read and one write.
-#include "cuda/common.cuh"
-#include "cuda/launch.cuh"
+// token_log_probs: one read of each row, by a thread-block cluster on compute capability 9.x and 10.x and by one CTA
+// elsewhere; backward: one CTA a row, one read and one write.
+#include "cuda/cluster.cuh"
 
 namespace regrpo::cuda {
 
@@ -10,16 +10,42 @@ constexpr int64_t kIgnore = -100;
 constexpr int kThreads = 256;
 constexpr int kInFlight = 4;  // 16-byte loads of a thread before the first is used
 
+__device__ __forceinline__ void write_values(const TokenLogProbsArgs& args, int64_t r, const RowValues& v) {
+  args.log_probs[r] = v.log_prob;
+  args.lse[r] = v.lse;
+  if (args.entropy) args.entropy[r] = v.entropy;
+}
+
+template <typename T, bool CAP>
+__device__ __forceinline__ void cluster_forward(const TokenLogProbsArgs& args, const RowScale& scale) {
+  const bool writer = cluster_rank() == 0 && threadIdx.x == 0;
+  const int64_t r = blockIdx.x / cluster_size();
+  const int64_t label = args.labels[r];
+  if (label == kIgnore) {
+    if (writer) write_values(args, r, RowValues{});
+    return;
+  }
+  const T* row = row_at<T>(args.logits, r);
+  RowCluster<T> cluster(row, args.vocab);
+  const float x_label = writer ? to_float(row[label]) : 0.0f;
+  const RowSums sums = cluster.template sums<CAP>(scale);
+  if (writer) write_values(args, r, row_values(sums, capped<CAP>(x_label, scale), scale));
+}
+
+template <typename T, bool CAP>
+__global__ void __launch_bounds__(kClusterThreads, 3)
+    token_log_probs_cluster_kernel(const __grid_constant__ TokenLogProbsArgs args,
+                                   const __grid_constant__ RowScale scale) {
+  if constexpr (kHasClusters) cluster_forward<T, CAP>(args, scale);
+}
+
 template <typename T, bool CAP>
 __global__ void __launch_bounds__(kThreads, 5)
     token_log_probs_fwd_kernel(const TokenLogProbsArgs args, const RowScale scale) {
   const int64_t r = blockIdx.x;
   const int64_t label = args.labels[r];
   if (label == kIgnore) {
-    if (threadIdx.x == 0) {
-      args.log_probs[r] = args.lse[r] = 0.0f;
-      if (args.entropy) args.entropy[r] = 0.0f;
-    }
+    if (threadIdx.x == 0) write_values(args, r, RowValues{});
     return;
   }
   const T* row = row_at<T>(args.logits, r);
@@ -39,12 +65,7 @@ __global__ void __launch_bounds__(kThreads, 5)
 
   __shared__ RowSums parts[kThreads / kLanes];
   sums = merge_block<kThreads>(sums, parts, scale);
-  if (threadIdx.x == 0) {
-    const RowValues v = row_values(sums, capped<CAP>(to_float(row[label]), scale), scale);
-    args.log_probs[r] = v.log_prob;
-    args.lse[r] = v.lse;
-    if (args.entropy) args.entropy[r] = v.entropy;
-  }
+  if (threadIdx.x == 0) write_values(args, r, row_values(sums, capped<CAP>(to_float(row[label]), scale), scale));
 }
 
 template <typename T, bool CAP, bool ENTROPY>
@@ -98,19 +119,28 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 struct Forward {
   template <typename T, bool CAP>
-  static constexpr auto kernel = &token_log_probs_fwd_kernel<T, CAP>;
+  static int launch_rows(const TokenLogProbsArgs& args, const RowScale& scale, void* stream) {
+    static LargeKernel cluster_kernel;
+    const Device device = current_device();
+    int status = device.error;
+    if (status || launch_clusters(cluster_kernel, token_log_probs_cluster_kernel<T, CAP>, device, args.rows,
+                                  args.vocab * int64_t(sizeof(T)), stream, &status, args, scale))
+      return status;
+    return launch(token_log_probs_fwd_kernel<T, CAP>, Shape{args.rows, kThreads}, stream, args, scale);
+  }
 };
 struct Backward {
   template <typename T, bool CAP>
-  static constexpr auto kernel = &token_log_probs_bwd_kernel<T, CAP>;
+  static int launch_rows(const TokenLogProbsArgs& args, const RowScale& scale, void* stream) {
+    return launch(token_log_probs_bwd_kernel<T, CAP>, Shape{args.rows, kThreads}, stream, args, scale);
+  }
 };
 
 template <typename Pass, typename T>
 int launch_rows(const TokenLogProbsArgs& args, void* stream) {
-  const Shape shape{args.rows, kThreads};
   const RowScale scale = row_scale(args.temperature, args.softcap);
-  return args.softcap > 0.0 ? launch(Pass::template kernel<T, true>, shape, stream, args, scale)
-                            : launch(Pass::template kernel<T, false>, shape, stream, args, scale);
+  return args.softcap > 0.0 ? Pass::template launch_rows<T, true>(args, scale, stream)
+                            : Pass::template launch_rows<T, false>(args, scale, stream);
 }
 
 template <typename Pass>

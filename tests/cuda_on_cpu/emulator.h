@@ -48,7 +48,7 @@ struct Warp {
   uint64_t slots[2][kWarpSize];
 };
 struct Block {
-  unsigned rank, first_fiber;
+  unsigned rank, returned = 0;  // threads that have
   uint3 index;
   Barrier barrier;
   int any[2] = {0, 0};
@@ -109,6 +109,7 @@ __attribute__((noinline)) inline void wait_while_equal(const unsigned* watched, 
 inline void run_fiber() {
   body();
   fiber->done = true;
+  ++fiber->block->returned;
   leave();
 }
 

@@ -152,15 +152,21 @@ def test_every_cluster_size(emulator, dtype, vocab, ranks):
     assert emulator.library.last_cluster() == ranks
     for stats, gradient in results:
         assert_matches(batch, stats, gradient, entropy_coef=0.1)
+    values = emulator.token_log_probs(batch["logits"], batch["labels"])
+    assert emulator.library.last_cluster() == ranks
+    for ours, theirs in zip(values, log_probs64(batch["logits"], batch["labels"]), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=3e-7, atol=3e-6)
 
 
 def test_a_row_too_long_for_a_cluster(emulator):
     emulator.use(90, 12 * KIB, 26 * KIB)
     batch = make_batch(1, 60000, torch.float32)
     stats, gradient = run(emulator, batch)
-    assert emulator.library.last_cluster() == 1
-    assert emulator.library.last_grid() == 1
+    assert (emulator.library.last_cluster(), emulator.library.last_grid()) == (1, 1)
     assert_matches(batch, stats, gradient)
+    log_prob, _, _ = emulator.token_log_probs(batch["logits"], batch["labels"])
+    assert (emulator.library.last_cluster(), emulator.library.last_grid()) == (1, 1)
+    torch.testing.assert_close(log_prob, stats["log_prob"], rtol=3e-7, atol=3e-6)
 
 
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])

@@ -66,11 +66,11 @@ def resources_of(report: re.Match) -> Resources:
     )
 
 
-@pytest.mark.parametrize("source", ["grpo_loss", "token_log_probs"])
-def test_no_spills_no_stack_no_warnings(compiled, source):
+@pytest.mark.parametrize(("source", "count"), [("grpo_loss", 2), ("token_log_probs", 3)])
+def test_no_spills_no_stack_no_warnings(compiled, source, count):
     messages, kernels = compiled[source]
-    # two kernels a source: three dtypes, with and without softcap, two architectures
-    assert len(kernels) == 2 * 3 * 2 * len(ARCHITECTURES)
+    # three dtypes, with and without softcap
+    assert len(kernels) == count * 3 * 2 * len(ARCHITECTURES)
     for k in sorted(kernels):
         print(f"sm_{k.architecture:3} {k.kernel:42} {k.registers:3} registers, {k.shared} B shared")
     assert [k for k in kernels if k.spills or k.stack] == []

@@ -39,6 +39,8 @@ inline void cluster_wait() {
 inline void store_to_rank(float* at, unsigned rank, float value) {
   const auto& blocks = emulator::cluster->blocks;
   if (rank >= blocks.size()) emulator::fail("mapa: no such rank");
+  if (emulator::cluster->barrier.generation == 0) emulator::fail("a store to a CTA that may not run yet");
+  if (blocks[rank].returned == blockDim.x) emulator::fail("a store to a CTA that has returned");
   const size_t offset = reinterpret_cast<unsigned char*>(at) - emulator::fiber->block->shared;
   std::memcpy(blocks[rank].shared + offset, &value, sizeof(value));
 }
