@@ -199,15 +199,22 @@ inline void run_cluster(unsigned first_block, const Launch& launch) {
       fibers[rank * launch.threads + t].block = &block;
     }
   }
+  const size_t count = fibers.size(), threads = launch.threads;
   for (;;) {
     bool moved = false, all_done = true;
-    for (size_t k = 0; k < fibers.size(); ++k) {
-      const size_t i = falling_order ? fibers.size() - 1 - k : k;
-      Fiber& f = fibers[i];
-      if (f.done || (f.watched && *f.watched == f.seen)) continue;
-      resume(f, i);
-      if (!error.empty()) return;
-      moved = true;
+    for (size_t block = 0; block < count; block += threads) {
+      // as far as this block gets, before the next one moves: others may not have started
+      for (bool again = true; again;) {
+        again = false;
+        for (size_t k = block; k < block + threads; ++k) {
+          const size_t i = falling_order ? count - 1 - k : k;
+          Fiber& f = fibers[i];
+          if (f.done || (f.watched && *f.watched == f.seen)) continue;
+          resume(f, i);
+          if (!error.empty()) return;
+          again = moved = true;
+        }
+      }
     }
     for (const Fiber& f : fibers) all_done &= f.done;
     if (all_done) break;
