@@ -1,5 +1,5 @@
-// A row held by the CTAs of a thread-block cluster: each brings a slice of it into its shared memory by bulk copies, and
-// all end up with the whole row's sums. Compute capability 9.x and 10.x.
+// A row held by the CTAs of a thread-block cluster: each brings a slice of it into its shared memory by bulk copies,
+// and all end up with the whole row's sums. Compute capability 9.x and 10.x.
 #pragma once
 #include "cuda/common.cuh"
 #include "cuda/launch.cuh"

@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no name for. tests/cuda_on_cpu replaces this file alone to run the kernels on a CPU.
+// The instructions that CUDA C++ has no name for. To run the kernels on a CPU, tests/cuda_on_cpu replaces this file.
 #pragma once
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

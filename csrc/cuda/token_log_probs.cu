@@ -72,6 +72,7 @@ template <typename T, bool CAP, bool ENTROPY>
 __device__ __forceinline__ void write_gradient(const T* row, T* out, int64_t vocab, int64_t label,
                                                const RowGradient& gradient, const RowScale& scale) {
   const RowLayout<T> layout(row, vocab);
+  // in place, the label's logit may be gone already, but not for the one thread that uses it: that one replaces it
   const GradientWriter<T, CAP, ENTROPY> writer(gradient, scale, layout, label, to_float(row[label]));
   if (!same_alignment(row, out)) return writer.elements(row, out, vocab, threadIdx.x, kThreads);
   const uint4* in_packets = reinterpret_cast<const uint4*>(row + layout.head);

@@ -388,8 +388,11 @@ def test_token_log_probs(device, dtype, tokens, vocab):
 
     dlog_probs, dentropy = torch.randn(tokens), torch.randn(tokens)
     ((expected[0] * dlog_probs).sum() + (expected[2] * dentropy).sum()).backward()
-    for shift in (vocab % 5, 1):
-        dlogits = Guarded(torch.full((tokens, vocab), torch.nan).to(dtype), shift=shift)
+    for dlogits in (
+        Guarded(torch.full((tokens, vocab), torch.nan).to(dtype), shift=vocab % 5),
+        Guarded(torch.full((tokens, vocab), torch.nan).to(dtype), shift=1),
+        logits,
+    ):
         device.token_log_probs_backward(
             logits.view, labels, dlogits.view, out[1], dlog_probs, out[2], dentropy, temperature=0.7
         )
