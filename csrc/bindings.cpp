@@ -205,7 +205,8 @@ py::dict build_info() {
   info["cuda_architectures"] = REGRPO_CUDA_ARCHITECTURES;
   info["cuda_row_kernels"] = "thread-block clusters on compute capability 9.x and 10.x, one CTA a row elsewhere";
 #else
-  info["cuda_architectures"] = info["cuda_row_kernels"] = "";
+  info["cuda_architectures"] = "";
+  info["cuda_row_kernels"] = "";
 #endif
   info["compiler"] = __VERSION__;
   return info;
