@@ -9,6 +9,7 @@ extern "C" {
 int token_log_probs(const TokenLogProbsArgs* args) { return cuda::token_log_probs(*args, nullptr); }
 int token_log_probs_backward(const TokenLogProbsArgs* args) { return cuda::token_log_probs_backward(*args, nullptr); }
 int grpo_loss(const GrpoLossArgs* args) { return cuda::grpo_loss(*args, nullptr); }
+int sequence_objective(const SequenceObjectiveArgs* args) { return cuda::sequence_objective(*args, nullptr); }
 int group_advantages(const GroupAdvantagesArgs* args) { return cuda::group_advantages(*args, nullptr); }
 int reflection_advantages(const ReflectionAdvantagesArgs* args) { return cuda::reflection_advantages(*args, nullptr); }
 
@@ -16,6 +17,7 @@ int reflection_advantages(const ReflectionAdvantagesArgs* args) { return cuda::r
 int64_t size_of(const char* name) {
   const std::map<std::string, size_t> sizes = {{"TokenLogProbsArgs", sizeof(TokenLogProbsArgs)},
                                                {"GrpoLossArgs", sizeof(GrpoLossArgs)},
+                                               {"SequenceObjectiveArgs", sizeof(SequenceObjectiveArgs)},
                                                {"GroupAdvantagesArgs", sizeof(GroupAdvantagesArgs)},
                                                {"ReflectionAdvantagesArgs", sizeof(ReflectionAdvantagesArgs)}};
   return int64_t(sizes.at(name));

@@ -78,6 +78,21 @@ class GrpoLossArgs(Structure):
     ]
 
 
+class SequenceObjectiveArgs(Structure):
+    _fields_ = [
+        ("tokens", c_int64),
+        ("sequences", c_int64),
+        ("cu_seqlens", c_void_p),
+        ("mask", c_void_p),
+        ("weights", c_void_p),
+        ("advantages", c_void_p),
+        ("old_log_probs", c_void_p),
+        ("ref_log_probs", c_void_p),
+        ("objective", ObjectiveParams),
+        ("stats", c_void_p),
+    ]
+
+
 class AdvantageRule(Structure):
     _fields_ = [
         *((name, c_int) for name in ("baseline", "scale", "ddof")),
@@ -117,6 +132,7 @@ OPS = {
     "token_log_probs": TokenLogProbsArgs,
     "token_log_probs_backward": TokenLogProbsArgs,
     "grpo_loss": GrpoLossArgs,
+    "sequence_objective": SequenceObjectiveArgs,
     "group_advantages": GroupAdvantagesArgs,
     "reflection_advantages": ReflectionAdvantagesArgs,
 }
@@ -151,6 +167,23 @@ def build(compiler: str, directory: Path) -> ctypes.CDLL:
         getattr(loaded, name).argtypes = [POINTER(arguments)]
         assert loaded.size_of(arguments.__name__.encode()) == ctypes.sizeof(arguments), name
     return loaded
+
+
+def objective_params(policy="clip", kl_estimator="k3", **options) -> ObjectiveParams:
+    defaults = {
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+        "delta": 0.0,
+        "beta": 0.0,
+        "entropy_coef": 0.0,
+        "sapo_tau_pos": 1.0,
+        "sapo_tau_neg": 1.05,
+    }
+    return ObjectiveParams(
+        policy=POLICIES.index(policy),
+        kl_estimator=KL_ESTIMATORS.index(kl_estimator),
+        **{name: options.get(name, value) for name, value in defaults.items()},
+    )
 
 
 class Emulator:
@@ -213,20 +246,6 @@ class Emulator:
     ):
         """`{name: statistic}`; the gradient goes to `dlogits`, which may be the logits or None."""
         stats = torch.full((len(STATS), *labels.shape), torch.nan)
-        defaults = {
-            "epsilon_low": 0.2,
-            "epsilon_high": 0.2,
-            "delta": 0.0,
-            "beta": 0.0,
-            "entropy_coef": 0.0,
-            "sapo_tau_pos": 1.0,
-            "sapo_tau_neg": 1.05,
-        }
-        objective = ObjectiveParams(
-            policy=POLICIES.index(o.get("policy", "clip")),
-            kl_estimator=KL_ESTIMATORS.index(o.get("kl_estimator", "k3")),
-            **{name: o.get(name, value) for name, value in defaults.items()},
-        )
         arguments = GrpoLossArgs(
             dtype=DTYPE_CODES[logits.dtype],
             logits=Rows(*rows(logits)),
@@ -240,7 +259,7 @@ class Emulator:
             ref_log_probs=pointer(ref),
             temperature=o.get("temperature", 1.0),
             softcap=o.get("softcap") or 0.0,
-            objective=objective,
+            objective=objective_params(**o),
             stats=pointer(stats),
             dlogits=Rows() if dlogits is None else Rows(*rows(dlogits)),
         )

@@ -15,10 +15,13 @@ from cuda_on_cpu import (
     Emulator,
     GroupAdvantagesArgs,
     ReflectionAdvantagesArgs,
+    SequenceObjectiveArgs,
+    objective_params,
 )
-from oracle import assert_gradient, grpo_loss64, log_probs64
+from oracle import assert_gradient, grpo_loss64, log_probs64, token_loss64
 
 from regrpo_kernels._library import pointer
+from regrpo_kernels.grpo_rows import STATS
 
 KIB = 1024
 A100 = (80, 163 * KIB, 164 * KIB)
@@ -423,6 +426,49 @@ def test_token_log_probs_gradient_without_entropy(device, dtype, softcap):
 
 
 RULE = AdvantageRule(baseline=0, scale=1, ddof=1, eps=1e-4, min_std=0.0, clip=float("inf"))
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("policy", ["clip", "cispo", "sapo", "reinforce", "nll"])
+def test_sequence_objective(emulator, policy, entropy_coef):
+    emulator.use(*A100)
+    lengths = torch.tensor([700, 0, 1, 300, 9])
+    sequences = torch.repeat_interleave(torch.arange(5), lengths)
+    tokens = int(lengths.sum())
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    mask = (torch.rand(tokens) < 0.7) & (sequences != 4)
+    stats = torch.full((len(STATS), tokens), torch.nan)
+    stats[1:4] = torch.rand(3, tokens) * torch.tensor([[-5.0], [9.0], [3.0]])
+    log_probs = stats[1].clone()
+    old = log_probs + 0.2 * torch.randn(tokens) + torch.tensor([0.0, 0, -0.4, 0.3, 0])[sequences]
+    ref, advantages, weights = torch.randn(3, tokens)
+    ref += log_probs
+    given = {"beta": 0.1, "entropy_coef": entropy_coef, "policy": policy}
+    stats[1:4, ~mask] = 0.0
+    old[~mask] = ref[~mask] = advantages[~mask] = torch.nan
+    emulator.call(
+        "sequence_objective",
+        SequenceObjectiveArgs(
+            tokens=tokens,
+            sequences=len(lengths),
+            cu_seqlens=pointer(bounds),
+            mask=pointer(mask),
+            weights=pointer(weights),
+            advantages=pointer(None if policy == "nll" else advantages),
+            old_log_probs=pointer(old),
+            ref_log_probs=pointer(ref),
+            objective=objective_params(**given),
+            stats=pointer(stats),
+        ),
+    )
+    leaf = log_probs[mask].double().requires_grad_()
+    inputs = [x[mask] for x in (advantages, old, ref, sequences)]
+    loss = token_loss64(leaf, *inputs, **given) - entropy_coef * stats[3][mask]
+    (loss * weights[mask].double()).sum().backward()
+    found = dict(zip(STATS, stats, strict=True))
+    torch.testing.assert_close(found["loss"][mask].double(), loss.detach(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found["dlog_prob"][mask].double(), leaf.grad, rtol=5e-6, atol=1e-6)
+    assert (stats[:, ~mask] == 0).all()
 
 
 def group_advantages64(rewards, groups):
