@@ -85,10 +85,23 @@ void run_token_log_probs_backward(int dtype, RowsTuple logits, int64_t rows, int
   check(cpu::token_log_probs_backward(args, num_threads, isa_code(isa)), "token_log_probs_backward");
 }
 
-void run_grpo_loss(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels, uintptr_t mask,
-                   uintptr_t weights, uintptr_t advantages, uintptr_t old_log_probs, uintptr_t ref_log_probs, int policy,
-                   int kl_estimator, float epsilon_low, float epsilon_high, float delta, float beta, float entropy_coef,
-                   float sapo_tau_pos, float sapo_tau_neg, double temperature, double softcap, uintptr_t stats,
+// mask, weights, advantages, old_log_probs, ref_log_probs
+using TokensTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// ObjectiveParams, in its order
+using ObjectiveTuple = std::tuple<int, int, float, float, float, float, float, float, float>;
+
+template <typename Args>
+void set_objective(Args& args, const TokensTuple& tokens, const ObjectiveTuple& objective) {
+  args.mask = ptr<uint8_t>(std::get<0>(tokens));
+  args.weights = ptr<float>(std::get<1>(tokens));
+  args.advantages = ptr<float>(std::get<2>(tokens));
+  args.old_log_probs = ptr<float>(std::get<3>(tokens));
+  args.ref_log_probs = ptr<float>(std::get<4>(tokens));
+  args.objective = std::apply([](auto... values) { return ObjectiveParams{values...}; }, objective);
+}
+
+void run_grpo_loss(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels, TokensTuple tokens,
+                   ObjectiveTuple objective, double temperature, double softcap, uintptr_t stats,
                    std::optional<RowsTuple> dlogits, std::optional<uintptr_t> stream, int num_threads,
                    const std::string& isa) {
   GrpoLossArgs args{};
@@ -97,15 +110,9 @@ void run_grpo_loss(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uin
   args.rows = rows;
   args.vocab = vocab;
   args.labels = ptr<int64_t>(labels);
-  args.mask = ptr<uint8_t>(mask);
-  args.weights = ptr<float>(weights);
-  args.advantages = ptr<float>(advantages);
-  args.old_log_probs = ptr<float>(old_log_probs);
-  args.ref_log_probs = ptr<float>(ref_log_probs);
+  set_objective(args, tokens, objective);
   args.temperature = temperature;
   args.softcap = softcap;
-  args.objective = {policy, kl_estimator, epsilon_low, epsilon_high, delta, beta, entropy_coef, sapo_tau_pos,
-                    sapo_tau_neg};
   args.stats = ptr<float>(stats);
   if (dlogits) args.dlogits = rows_of(*dlogits);
 #ifdef REGRPO_CUDA_ARCHITECTURES
@@ -114,6 +121,21 @@ void run_grpo_loss(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uin
   if (stream) throw std::runtime_error("grpo_loss: the CUDA kernels are not compiled");
   const int status = cpu::grpo_loss(args, num_threads, isa_code(isa));
   check(status, "grpo_loss", args.labels, args.bad_row, vocab);
+}
+
+void run_sequence_objective(int64_t rows, int64_t sequences, uintptr_t cu_seqlens, TokensTuple tokens,
+                            ObjectiveTuple objective, uintptr_t stats, std::optional<uintptr_t> stream) {
+  SequenceObjectiveArgs args{};
+  args.tokens = rows;
+  args.sequences = sequences;
+  args.cu_seqlens = ptr<int64_t>(cu_seqlens);
+  set_objective(args, tokens, objective);
+  args.stats = ptr<float>(stats);
+#ifdef REGRPO_CUDA_ARCHITECTURES
+  if (stream) return check(cuda::sequence_objective(args, ptr<void>(*stream)), "sequence_objective");
+#endif
+  if (stream) throw std::runtime_error("sequence_objective: the CUDA kernels are not compiled");
+  check(cpu::sequence_objective(args), "sequence_objective");
 }
 
 void run_group_advantages(int64_t sequences, uintptr_t rewards, uintptr_t group_ids, int64_t group_size, int baseline,
@@ -181,8 +203,10 @@ py::dict build_info() {
   info["cpu_isa"] = names[cpu::best_isa()];
 #ifdef REGRPO_CUDA_ARCHITECTURES
   info["cuda_architectures"] = REGRPO_CUDA_ARCHITECTURES;
+  info["cuda_row_kernels"] = "thread-block clusters on compute capability 9.x and 10.x, one CTA a row elsewhere";
 #else
   info["cuda_architectures"] = "";
+  info["cuda_row_kernels"] = "";
 #endif
   info["compiler"] = __VERSION__;
   return info;
@@ -202,11 +226,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("softcap"), py::arg("lse"), py::arg("entropy"), py::arg("dlog_probs"), py::arg("dentropy"),
         py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1, py::arg("isa") = "auto");
   m.def("grpo_loss", &run_grpo_loss, nogil(), py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("rows"),
-        py::arg("vocab"), py::arg("labels"), py::arg("mask"), py::arg("weights"), py::arg("advantages"),
-        py::arg("old_log_probs"), py::arg("ref_log_probs"), py::arg("policy"), py::arg("kl_estimator"),
-        py::arg("epsilon_low"), py::arg("epsilon_high"), py::arg("delta"), py::arg("beta"), py::arg("entropy_coef"),
-        py::arg("sapo_tau_pos"), py::arg("sapo_tau_neg"), py::arg("temperature"), py::arg("softcap"), py::arg("stats"),
-        py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1, py::arg("isa") = "auto");
+        py::arg("vocab"), py::arg("labels"), py::arg("tokens"), py::arg("objective"), py::arg("temperature"),
+        py::arg("softcap"), py::arg("stats"), py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1,
+        py::arg("isa") = "auto");
+  m.def("sequence_objective", &run_sequence_objective, nogil(), py::kw_only(), py::arg("rows"), py::arg("sequences"),
+        py::arg("cu_seqlens"), py::arg("tokens"), py::arg("objective"), py::arg("stats"), py::arg("stream"));
   m.def("group_advantages", &run_group_advantages, nogil(), py::kw_only(),
         py::arg("sequences"), py::arg("rewards"), py::arg("group_ids"), py::arg("group_size"), py::arg("baseline"),
         py::arg("scale"), py::arg("ddof"), py::arg("eps"), py::arg("min_std"), py::arg("clip"),

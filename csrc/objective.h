@@ -26,7 +26,7 @@ struct TokenObjective {
 constexpr float kMaxLogRatio = 20.0f;
 
 static REGRPO_HD inline float clamp_log_ratio(float x) {
-  return fminf(fmaxf(x, -kMaxLogRatio), kMaxLogRatio);
+  return x < -kMaxLogRatio ? -kMaxLogRatio : (x > kMaxLogRatio ? kMaxLogRatio : x);  // NaN goes through
 }
 
 // A label whose logit is -inf has probability 0: its ratio is 0 and there is nothing to push.
@@ -41,6 +41,10 @@ static REGRPO_HD inline Ratio token_ratio(float log_prob, const float* old) {
   const float raw = old ? log_prob - *old : 0.0f;
   const float r = expf(clamp_log_ratio(raw));
   return {r, fabsf(raw) > kMaxLogRatio ? 0.0f : r};
+}
+// What a token adds to its sequence's mean.
+static REGRPO_HD inline float token_log_ratio(float log_prob, const float* old) {
+  return is_forbidden(log_prob) ? -kMaxLogRatio : clamp_log_ratio(log_prob - *old);
 }
 // exp(sg(mean) + log_prob - sg(log_prob)): the sequence's ratio, with the slope of each token's own log-prob.
 static REGRPO_HD inline Ratio sequence_ratio(float log_prob, float mean_log_ratio) {
@@ -69,7 +73,8 @@ static REGRPO_HD inline TokenObjective token_objective(const ObjectiveParams& o,
       t.loss = -free_term;
       t.dlog_prob = capped ? 0.0f : -a * dr;
     } else {
-      t.loss = -clipped_term;  // only smaller where r is outside the interval, where the clip is flat
+      t.loss = -clipped_term;
+      t.dlog_prob = r < low || r > high ? 0.0f : -a * dr;  // inside the interval where delta lies in it, too
     }
   } else if (o.policy == kCispo) {
     const float c = fminf(fmaxf(r, low), high);

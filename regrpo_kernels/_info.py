@@ -28,6 +28,7 @@ def build_info() -> dict[str, Any]:
         "cpu_isas_usable": info["cpu_isas_usable"],
         "cpu_isa": info["cpu_isa"],
         "cuda_architectures": info["cuda_architectures"] or None,
+        "cuda_row_kernels": info["cuda_row_kernels"] or None,
         "cuda_device_present": torch.cuda.is_available(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if HAS_TRITON else None,

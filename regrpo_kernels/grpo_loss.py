@@ -17,23 +17,21 @@ import torch
 from torch import Tensor
 
 from regrpo_kernels._library import (
-    DTYPE_CODES,
     IGNORE_INDEX,
     check_logits,
     choose_impl,
-    compiled,
     device_guard,
-    launch,
     library,
-    pointer,
-    rows,
 )
-from regrpo_kernels.loss_inputs import TokenInputs, prepare_tokens
-from regrpo_kernels.objective import KL_ESTIMATORS, POLICIES, Objective, token_objective
+from regrpo_kernels.grpo_rows import ROW_INPUTS, STATS, RowInputs, grpo_rows
+from regrpo_kernels.loss_inputs import prepare_tokens, sequence_ids
+from regrpo_kernels.objective import (
+    Objective,
+    token_log_ratios,
+    token_objective,
+    with_gradient_of_log_prob,
+)
 from regrpo_kernels.token_log_probs import token_log_probs_reference
-
-# Rows of the statistics that every kernel fills: GrpoStat in csrc/ops.h.
-STATS = ("loss", "log_prob", "lse", "entropy", "kl", "ratio", "clip_low", "clip_high", "dlog_prob")
 
 
 class LossOutput(NamedTuple):
@@ -61,6 +59,7 @@ def grpo_loss_reference(
     advantages: Tensor | None,
     old_log_probs: Tensor | None,
     ref_log_probs: Tensor | None,
+    ratio_bounds: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
     """The readable specification: `(loss, stats)`, by autograd, so the stats have no `dlog_prob`;
@@ -79,7 +78,11 @@ def grpo_loss_reference(
         None if x is None else x.to(rows.log_probs.dtype).masked_fill(~mask, 0.0)
         for x in (old_log_probs, ref_log_probs, advantages)
     ]
-    token = token_objective(rows.log_probs, old, ref, token_advantages, objective)
+    log_ratios = token_log_ratios(rows.log_probs, old)
+    if ratio_bounds is not None:
+        mean = _sequence_means(log_ratios.detach(), mask, ratio_bounds)
+        log_ratios = with_gradient_of_log_prob(mean, rows.log_probs)
+    token = token_objective(rows.log_probs, log_ratios, ref, token_advantages, objective)
     loss = token.loss
     if objective.entropy_coef != 0:
         loss = loss - objective.entropy_coef * rows.entropy
@@ -102,117 +105,40 @@ def grpo_loss_reference(
     return (loss * weights).sum(), stats
 
 
+def _sequence_means(values: Tensor, mask: Tensor, bounds: Tensor) -> Tensor:
+    """Each token's mean over the unmasked tokens of its sequence, shaped like `values`."""
+    kept = mask.flatten()
+    ids = sequence_ids(bounds, kept.numel())
+    totals, counts = (
+        values.new_zeros(len(bounds) - 1).index_add(0, ids, x.flatten().to(values.dtype))
+        for x in (values.masked_fill(~mask, 0.0), kept)
+    )
+    return (totals / counts.clamp(min=1)).index_select(0, ids).view(values.shape)
+
+
 # --- the op ---------------------------------------------------------------------------------------
 
-TOKEN_ARGUMENTS = (
-    "Tensor labels, Tensor mask, Tensor weights, Tensor? advantages, Tensor? old_log_probs, "
-    "Tensor? ref_log_probs, str policy, str kl_estimator, float[] options"
-)
 library.define(
     # consume: backward may overwrite dlogits, which the caller must then leave alone
-    f"grpo_loss(Tensor logits, {TOKEN_ARGUMENTS}, bool needs_gradient, bool consume, str impl) "
+    f"grpo_loss(Tensor logits, {ROW_INPUTS}, bool needs_gradient, bool consume, str impl) "
     "-> (Tensor loss, Tensor stats, Tensor dlogits)"
 )
 library.define(
-    f"grpo_loss_(Tensor(a!) logits, {TOKEN_ARGUMENTS}, str impl) -> (Tensor loss, Tensor stats)"
+    f"grpo_loss_(Tensor(a!) logits, {ROW_INPUTS}, str impl) -> (Tensor loss, Tensor stats)"
 )
 library.define("scale_gradient_(Tensor(a!) dlogits, Tensor scale, str impl) -> ()")
 
-_OPTIONS = (
-    "epsilon_low",
-    "epsilon_high",
-    "delta",
-    "beta",
-    "entropy_coef",
-    "sapo_tau_pos",
-    "sapo_tau_neg",
-    "temperature",
-    "softcap",
-)
-
-
-def op_arguments(labels: Tensor, tokens: TokenInputs, objective: Objective) -> tuple[Any, ...]:
-    """What `TOKEN_ARGUMENTS` names, the per-token inputs laid out as the kernels read them."""
-    return (
-        labels.contiguous(),
-        tokens.mask.contiguous(),
-        tokens.weights.float().contiguous(),
-        *[
-            None if x is None else x.detach().float().contiguous()
-            for x in (tokens.advantages, tokens.old_log_probs, tokens.ref_log_probs)
-        ],
-        objective.policy,
-        objective.kl_estimator,
-        [float(getattr(objective, name) or 0.0) for name in _OPTIONS],
-    )
-
-
-def grpo_rows(
-    logits: Tensor,
-    dlogits: Tensor | None,
-    impl: str,
-    labels: Tensor,
-    mask: Tensor,
-    weights: Tensor,
-    advantages: Tensor | None,
-    old_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    policy: str,
-    kl_estimator: str,
-    options: list[float],
-) -> tuple[Tensor, Tensor]:
-    """One sweep over rows of logits: `(loss, stats)`; the gradient goes to `dlogits`, if any."""
-    stats = torch.empty((len(STATS), *labels.shape), dtype=torch.float32, device=logits.device)
-    with device_guard(logits):
-        if impl == "triton":
-            from regrpo_kernels import triton_rows
-
-            triton_rows.grpo_loss(
-                logits,
-                labels,
-                mask,
-                weights,
-                advantages,
-                old_log_probs,
-                ref_log_probs,
-                policy,
-                kl_estimator,
-                dict(zip(_OPTIONS, options, strict=True)),
-                stats,
-                dlogits,
-            )
-        else:
-            compiled().grpo_loss(
-                dtype=DTYPE_CODES[logits.dtype],
-                logits=rows(logits),
-                rows=labels.numel(),
-                vocab=logits.shape[-1],
-                labels=pointer(labels),
-                mask=pointer(mask),
-                weights=pointer(weights),
-                advantages=pointer(advantages),
-                old_log_probs=pointer(old_log_probs),
-                ref_log_probs=pointer(ref_log_probs),
-                policy=POLICIES.index(policy),
-                kl_estimator=KL_ESTIMATORS.index(kl_estimator),
-                **dict(zip(_OPTIONS, options, strict=True)),
-                stats=pointer(stats),
-                dlogits=None if dlogits is None else rows(dlogits),
-                **launch(logits),
-            )
-    return torch.dot(stats[0].flatten(), weights.flatten()), stats
-
 
 def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tokens, needs_gradient, _, impl = arguments
+    *inputs, needs_gradient, _, impl = arguments
     dlogits = _gradient_buffer(logits, needs_gradient)
-    loss, stats = grpo_rows(logits, dlogits if needs_gradient else None, impl, *tokens)
+    loss, stats = grpo_rows(logits, dlogits if needs_gradient else None, RowInputs(*inputs), impl)
     return loss, stats, dlogits
 
 
 def _grpo_loss_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *tokens, impl = arguments
-    return grpo_rows(logits, logits, impl, *tokens)
+    *inputs, impl = arguments
+    return grpo_rows(logits, logits, RowInputs(*inputs), impl)
 
 
 def _gradient_buffer(logits: Tensor, needs_gradient: bool) -> Tensor:
@@ -222,10 +148,10 @@ def _gradient_buffer(logits: Tensor, needs_gradient: bool) -> Tensor:
 
 def _scale_gradient(dlogits: Tensor, scale: Tensor, impl: str) -> None:
     if impl == "triton":
-        from regrpo_kernels import triton_rows
+        from regrpo_kernels import triton_grpo_loss
 
         with device_guard(dlogits):
-            triton_rows.scale_gradient(dlogits, scale)
+            triton_grpo_loss.scale_gradient(dlogits, scale)
     elif dlogits.device.type == "cpu" and scale.item() == 1.0:
         return
     else:
@@ -258,9 +184,9 @@ def _(dlogits, scale, impl):
     return None
 
 
-_USED = (
-    "grpo_loss: its gradient was already used by an earlier backward; call "
-    "backward(retain_graph=True) the first time, or grpo_loss again"
+USED = (
+    "{0}: its gradient was already used by an earlier backward; call "
+    "backward(retain_graph=True) the first time, or {0} again"
 )
 
 
@@ -275,19 +201,19 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dloss, dstats, ddlogits):
     dlogits = ctx.dlogits
     if dlogits is None:
-        raise RuntimeError(_USED)
-    # given away, so that autograd can keep it as the .grad of a leaf without a copy; not while the
-    # graph is kept for another backward, nor while a compiler traces
-    if (
-        ctx.consume
-        and type(dlogits) is Tensor
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
+        raise RuntimeError(USED.format("grpo_loss"))
+    # given away, so that autograd can keep it as the .grad of a leaf without a copy
+    if ctx.consume and may_give_away(dlogits):
         ctx.dlogits = None
     else:
         dlogits = dlogits.clone()
     torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
-    return dlogits, *[None] * 12
+    return dlogits, *[None] * 13
+
+
+def may_give_away(gradient: Tensor) -> bool:
+    """Not while the graph is kept for another backward, nor while a compiler traces."""
+    return type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 torch.library.register_autograd(
@@ -310,10 +236,10 @@ class _InplaceGrpoLoss(torch.autograd.Function):
     def backward(ctx, dloss, dstats):
         dlogits = ctx.dlogits
         if dlogits is None:
-            raise RuntimeError(_USED)
+            raise RuntimeError(USED.format("grpo_loss"))
         ctx.dlogits = None
         torch.ops.regrpo_kernels.scale_gradient_(dlogits, dloss, ctx.impl)
-        return dlogits, *[None] * 10
+        return dlogits, *[None] * 11
 
 
 # --- the public function --------------------------------------------------------------------------
@@ -385,7 +311,7 @@ def grpo_loss(
     if chosen == "reference":
         loss, stats = grpo_loss_reference(logits, labels, *tokens, objective)
     else:
-        arguments = op_arguments(labels, tokens, objective)
+        arguments = RowInputs.of(labels, tokens, objective)
         needs_gradient = logits.requires_grad and torch.is_grad_enabled()
         if inplace and needs_gradient:
             loss, stats = _InplaceGrpoLoss.apply(logits, *arguments, chosen)

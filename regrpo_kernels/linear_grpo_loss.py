@@ -13,73 +13,84 @@ from torch import Tensor
 
 from regrpo_kernels._library import choose_impl, library
 from regrpo_kernels.grpo_loss import (
-    STATS,
-    TOKEN_ARGUMENTS,
+    USED,
     LossOutput,
     grpo_loss_reference,
-    grpo_rows,
     loss_output,
-    op_arguments,
+    may_give_away,
+)
+from regrpo_kernels.grpo_rows import (
+    ROW_INPUTS,
+    STATS,
+    RowInputs,
+    grpo_rows,
+    has_gradient,
+    log_prob_rows,
+    objective_gradient_rows,
+    sequence_objective,
 )
 from regrpo_kernels.linear_head import LinearHead, check_linear, fake_gradients, gradient_needs
 from regrpo_kernels.loss_inputs import prepare_tokens
 from regrpo_kernels.objective import Objective
 
 library.define(
-    f"linear_grpo_loss(Tensor hidden, Tensor weight, Tensor? bias, {TOKEN_ARGUMENTS}, "
-    "bool[] needs, str impl) "
+    f"linear_grpo_loss(Tensor hidden, Tensor weight, Tensor? bias, {ROW_INPUTS}, "
+    "bool[] needs, bool consume, str impl) "
     "-> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 
 
 def _linear_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    mask: Tensor,
-    weights: Tensor,
-    advantages: Tensor | None,
-    old_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    policy: str,
-    kl_estimator: str,
-    options: list[float],
-    needs: list[bool],
-    impl: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    selected = mask.flatten().nonzero().squeeze(1)
-    head = LinearHead(hidden, weight, bias, selected, (needs[0], needs[1], needs[2]))
-    row_labels, row_mask, row_weights = (
-        x.flatten().index_select(0, selected) for x in (labels, mask, weights)
-    )
-    row_inputs = [
-        None if x is None else x.flatten().index_select(0, selected)
-        for x in (advantages, old_log_probs, ref_log_probs)
-    ]
-    found = torch.empty(len(STATS), len(selected), dtype=torch.float32, device=hidden.device)
+    *row_inputs, needs, _, impl = arguments
+    inputs = RowInputs(*row_inputs)
+    selected = inputs.mask.flatten().nonzero().squeeze(1)
+    head = LinearHead(hidden, weight, bias, selected, needs)
+    if inputs.ratio_bounds is None:
+        found = _token_level(head, inputs.select(selected), any(needs), impl)
+    else:
+        found, head = _sequence_level(head, inputs.select(selected), needs, impl)
+    stats = found.new_zeros(len(STATS), inputs.labels.numel()).index_copy_(1, selected, found)
+    loss = torch.dot(stats[0], inputs.weights.flatten())
+    return loss, stats.view(len(STATS), *inputs.labels.shape), *head.gradients()
+
+
+def _token_level(head: LinearHead, inputs: RowInputs, gradient: bool, impl: str) -> Tensor:
+    stats = torch.empty(len(STATS), len(inputs.labels), device=inputs.labels.device)
     for rows, logits in head.chunks():
-        dlogits = logits if any(needs) else None
-        row_advantages, row_old, row_ref = (None if x is None else x[rows] for x in row_inputs)
-        _, found[:, rows] = grpo_rows(
-            logits,
-            dlogits,
-            impl,
-            row_labels[rows],
-            row_mask[rows],
-            row_weights[rows],
-            row_advantages,
-            row_old,
-            row_ref,
-            policy,
-            kl_estimator,
-            options,
-        )
-        if dlogits is not None:
-            head.add_gradient(rows, dlogits)
-    stats = found.new_zeros(len(STATS), labels.numel()).index_copy_(1, selected, found)
-    loss = torch.dot(stats[0], weights.flatten())
-    return loss, stats.view(len(STATS), *labels.shape), *head.gradients()
+        part = inputs.part(rows)
+        _, stats[:, rows] = grpo_rows(logits, logits if gradient else None, part, impl)
+        if gradient:
+            head.add_gradient(rows, logits, has_gradient(part, stats[:, rows]))
+    return stats
+
+
+def _sequence_level(
+    head: LinearHead, inputs: RowInputs, needs: list[bool], impl: str
+) -> tuple[Tensor, LinearHead]:
+    """All log-probs first. Rows that have a gradient are then multiplied again, unless all logits
+    are still there.
+    """
+    stats = torch.empty(len(STATS), len(inputs.labels), device=inputs.labels.device)
+    for rows, logits in head.chunks():
+        log_prob_rows(logits, inputs.part(rows), stats[:, rows], impl)
+    sequence_objective(inputs, stats, impl)
+    if not any(needs):
+        return stats, head
+    kept = has_gradient(inputs, stats)
+    if 0 < len(kept) <= head.chunk:
+        objective_gradient_rows(logits, logits, inputs, stats, impl)
+        head.add_gradient(rows, logits, kept)
+        return stats, head
+    index = kept.nonzero().squeeze(1)
+    inputs, kept_stats = inputs.select(index), stats.index_select(1, index)
+    head = head.narrowed(index)
+    for rows, logits in head.chunks():
+        part = inputs.part(rows)
+        objective_gradient_rows(logits, logits, part, kept_stats[:, rows], impl)
+        head.add_gradient(rows, logits)
+    return stats, head
 
 
 for _device in ("CPU", "CUDA"):
@@ -90,23 +101,30 @@ for _device in ("CPU", "CUDA"):
 def _(hidden, weight, bias, labels, *arguments):
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     stats = loss.new_empty((len(STATS), *labels.shape))
-    return loss, stats, *fake_gradients(hidden, weight, bias, arguments[-2])
+    return loss, stats, *fake_gradients(hidden, weight, bias, arguments[-3])
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, stats, *gradients = output
-    ctx.needs = inputs[-2]
-    ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(stats, *gradients)
+    _, stats, *ctx.gradients = output
+    *_, ctx.needs, ctx.consume, ctx.impl = inputs
+    ctx.mark_non_differentiable(stats, *ctx.gradients)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dloss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    scaled = [
-        (gradient * dloss).to(gradient.dtype) if need else None
-        for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    ]
-    return *scaled, *[None] * 11
+    if ctx.gradients is None:
+        raise RuntimeError(USED.format("linear_grpo_loss"))
+    gradients = ctx.gradients
+    # given away, so that autograd can keep them as the .grad of leaves without a copy
+    if ctx.consume and all(map(may_give_away, gradients)):
+        ctx.gradients = None
+    else:
+        gradients = [gradient.clone() for gradient in gradients]
+    for gradient in gradients:
+        rows = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.unsqueeze(0)
+        torch.ops.regrpo_kernels.scale_gradient_(rows, dloss, ctx.impl)
+    kept = [g if need else None for g, need in zip(gradients, ctx.needs, strict=True)]
+    return *kept, *[None] * 13
 
 
 torch.library.register_autograd(
@@ -166,8 +184,9 @@ def linear_grpo_loss(
             hidden,
             weight,
             bias,
-            *op_arguments(labels, tokens, objective),
+            *RowInputs.of(labels, tokens, objective),
             gradient_needs(hidden, weight, bias),
+            True,
             chosen,
         )
     return loss_output(loss, stats, tokens.mask, ref_log_probs is not None)

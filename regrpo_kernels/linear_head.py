@@ -7,6 +7,7 @@ gradient, and two more matmuls take that to the hidden states and to the weight.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from regrpo_kernels._library import DTYPE_CODES, check_device, check_logits
 
 # A matmul wants hundreds of rows; a CPU's caches want few.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+_SLICE = 4096
 
 
 def check_linear(
@@ -58,40 +60,67 @@ class LinearHead:
         weight: Tensor,
         bias: Tensor | None,
         selected: Tensor,
-        needs: tuple[bool, bool, bool],
+        needs: list[bool],
     ):
         """Args: selected: int64 rows of the flattened hidden; needs: of hidden, weight, bias."""
         self.shape, self.selected = hidden.shape, selected
         self.hidden = hidden.flatten(0, -2).index_select(0, selected)
         self.weight, self.bias = weight, bias
-        rows = CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * weight.element_size())
+        self.dhidden = torch.empty_like(self.hidden) if needs[0] else None
+        budget = CHUNK_BYTES[hidden.device.type]
+        if needs[1] and hidden.is_cuda:
+            # every chunk reads and writes the whole fp32 gradient of the weight, so chunks as large
+            budget = max(budget, 4 * weight.numel())
+        rows = budget // (weight.shape[0] * weight.element_size())
         self.chunk = min(max(rows, 1), max(len(selected), 1))
         self.buffer = hidden.new_empty(self.chunk, weight.shape[0])
-        self.dhidden = torch.empty_like(self.hidden) if needs[0] else None
-        self.dweight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        # the sum of several products is kept in fp32; one alone is rounded by its matmul
+        sum_dtype = torch.float32 if len(selected) > self.chunk else weight.dtype
+        self.dweight = torch.empty_like(weight, dtype=sum_dtype) if needs[1] else None
+        self.has_product = False
         self.dbias = (
             torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
         )
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, their logits); the logits may be overwritten by their gradient."""
-        for start in range(0, len(self.selected), self.chunk):
-            rows = slice(start, min(start + self.chunk, len(self.selected)))
+        for start in range(0, len(self.hidden), self.chunk):
+            rows = slice(start, min(start + self.chunk, len(self.hidden)))
             logits = self.buffer[: rows.stop - start]
             torch.mm(self.hidden[rows], self.weight.T, out=logits)
             if self.bias is not None:
                 logits += self.bias
             yield rows, logits
 
-    def add_gradient(self, rows: slice, dlogits: Tensor) -> None:
-        """Takes the gradient of a chunk's logits further."""
+    def narrowed(self, index: Tensor) -> LinearHead:
+        """The same head over some of its rows, in the same buffers; no gradient was added yet."""
+        head = copy.copy(self)
+        head.selected = self.selected.index_select(0, index)
+        head.hidden = self.hidden.index_select(0, index)
         if self.dhidden is not None:
-            torch.mm(dlogits, self.weight, out=self.dhidden[rows])
-        if self.dweight is not None:
-            if dlogits.dtype == torch.float32:
-                self.dweight.addmm_(dlogits.T, self.hidden[rows])
+            head.dhidden = self.dhidden[: len(index)]
+        return head
+
+    def add_gradient(self, rows: slice, dlogits: Tensor, kept: Tensor | None = None) -> None:
+        """Takes the gradient of a chunk's logits further. `kept`: bool, the rows that have any; the
+        others are left out of the matmuls.
+        """
+        hidden, index = self.hidden[rows], None
+        if kept is not None:
+            index = kept.nonzero().squeeze(1)
+            if len(index) < len(kept):
+                dlogits, hidden = dlogits.index_select(0, index), hidden.index_select(0, index)
             else:
-                self.dweight += dlogits.T @ self.hidden[rows]
+                index = None
+        if self.dhidden is not None:
+            if index is None:
+                torch.mm(dlogits, self.weight, out=self.dhidden[rows])
+            else:
+                self.dhidden[rows] = 0.0
+                self.dhidden[rows].index_copy_(0, index, dlogits @ self.weight)
+        if self.dweight is not None and len(hidden) > 0:
+            _add_product(self.dweight, dlogits.T, hidden, self.has_product)
+            self.has_product = True
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=torch.float32)
 
@@ -101,11 +130,28 @@ class LinearHead:
         if self.dhidden is not None:
             whole = self.dhidden.new_zeros(self.shape.numel() // self.shape[-1], self.shape[-1])
             dhidden = whole.index_copy_(0, self.selected, self.dhidden).view(self.shape)
+        if self.dweight is not None and not self.has_product:
+            self.dweight.zero_()
         dweight, dbias = (
             self.hidden.new_empty(0) if d is None else d.to(self.weight.dtype)
             for d in (self.dweight, self.dbias)
         )
         return dhidden, dweight, dbias
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """`total = a @ b`, `+=` where `add`; the total may be fp32 for 16-bit factors."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=float(add), out=total)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=float(add), out=total)
+    else:  # the CPU's matmuls round their result to their factors' dtype; slices that stay in cache
+        for part in range(0, len(a), _SLICE):
+            product = a[part : part + _SLICE] @ b
+            if add:
+                total[part : part + _SLICE] += product
+            else:
+                total[part : part + _SLICE] = product
 
 
 def fake_gradients(

@@ -30,10 +30,6 @@ library.define(
 )
 
 
-def _selected(labels: Tensor) -> Tensor:
-    return (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-
-
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -44,15 +40,14 @@ def _forward(
     return_entropy: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    selected = _selected(labels)
-    head = LinearHead(hidden, weight, bias, selected, (False, False, False))
+    selected = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+    head = LinearHead(hidden, weight, bias, selected, [False] * 3)
     kept = labels.flatten().index_select(0, selected)
     found = torch.zeros(3, len(selected), dtype=torch.float32, device=hidden.device)
     for rows, logits in head.chunks():
-        outputs = forward_rows(logits, kept[rows], temperature, softcap, return_entropy, impl)
-        for values, output in zip(found, outputs, strict=True):
-            if output.numel():
-                values[rows] = output
+        log_probs, lse, entropy = found[:, rows]
+        wanted = entropy if return_entropy else None
+        forward_rows(logits, kept[rows], log_probs, lse, wanted, temperature, softcap, impl)
     whole = found.new_zeros(3, labels.numel()).index_copy_(1, selected, found)
     log_probs, lse, entropy = (x.clone() for x in whole.view(3, *labels.shape))
     return log_probs, lse, entropy if return_entropy else entropy.new_empty(0)
@@ -72,8 +67,9 @@ def _backward(
     needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    selected = _selected(labels)
-    head = LinearHead(hidden, weight, bias, selected, (needs[0], needs[1], needs[2]))
+    pushed = dlog_probs != 0 if dentropy is None else (dlog_probs != 0) | (dentropy != 0)
+    selected = ((labels != IGNORE_INDEX) & pushed).flatten().nonzero().squeeze(1)
+    head = LinearHead(hidden, weight, bias, selected, needs)
     row_labels, row_lse, row_dlog_probs = (
         x.flatten().index_select(0, selected) for x in (labels, lse, dlog_probs)
     )

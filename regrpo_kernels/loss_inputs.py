@@ -19,6 +19,9 @@ class TokenInputs(NamedTuple):
     advantages: Tensor | None
     old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
+    ratio_bounds: (
+        Tensor | None
+    )  # int64 [B + 1] over the flattened tokens; for sequence-level ratios
 
 
 def prepare_tokens(
@@ -58,8 +61,6 @@ def prepare_tokens(
             f"loss_agg_mode={objective.loss_agg_mode!r} and by "
             f"ratio_level={objective.ratio_level!r}; got None"
         )
-    if objective.ratio_level == "sequence":
-        raise NotImplementedError("Objective.ratio_level='sequence' is not implemented yet")
     mask = labels != IGNORE_INDEX
     if loss_mask is not None:
         mask = mask & (loss_mask != 0)
@@ -75,7 +76,16 @@ def prepare_tokens(
         advantages = advantages.index_select(0, token_sequence)
     elif per_sequence:
         advantages = advantages.unsqueeze(-1).expand(labels.shape)
-    return TokenInputs(mask, weights, advantages, old_log_probs, ref_log_probs)
+    ratio_bounds = None
+    if objective.ratio_level == "sequence":
+        ratio_bounds = _flat_bounds(labels) if cu_seqlens is None else cu_seqlens.long()
+    return TokenInputs(mask, weights, advantages, old_log_probs, ref_log_probs, ratio_bounds)
+
+
+def _flat_bounds(labels: Tensor) -> Tensor:
+    """`cu_seqlens` of the rows of padded labels, flattened."""
+    sequences, length = labels.shape
+    return torch.arange(sequences + 1, device=labels.device) * length
 
 
 def sequence_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

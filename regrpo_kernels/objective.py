@@ -1,8 +1,7 @@
 """The per-token objective: `(log_prob, old, ref, advantage) -> loss`, and its options.
 
 The formulas live in three places that must agree: `token_objective` here (the readable
-    specification),
-`csrc/objective.h` (C++ and CUDA) and `_token_objective` in `triton_rows.py`.
+specification), `csrc/objective.h` (C++ and CUDA) and `token_objective` in `triton_objective.py`.
 
 Sources: GRPO (arXiv 2402.03300, eq. 3-4), DAPO (arXiv 2503.14476: the two clip bounds and the token
     mean),
@@ -109,9 +108,24 @@ class TokenObjective(NamedTuple):
     clip_high: Tensor
 
 
+def token_log_ratios(log_probs: Tensor, old_log_probs: Tensor | None) -> Tensor:
+    """`log_prob - old`, clamped to +-20 with zero gradient outside."""
+    forbidden = log_probs == -torch.inf
+    if old_log_probs is None:
+        return with_gradient_of_log_prob(torch.zeros_like(log_probs), log_probs)
+    d = (log_probs - old_log_probs).masked_fill(forbidden, -torch.inf)
+    return d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def with_gradient_of_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:
+    """`sg(value) + log_prob - sg(log_prob)`."""
+    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+    return value.detach() + (finite - finite.detach())
+
+
 def token_objective(
     log_probs: Tensor,
-    old_log_probs: Tensor | None,
+    log_ratios: Tensor,
     ref_log_probs: Tensor | None,
     advantages: Tensor | None,
     objective: Objective,
@@ -119,18 +133,12 @@ def token_objective(
     """The loss of each token, differentiable in `log_probs`, without the entropy bonus.
 
     A label whose logit is -inf has log-prob -inf: its ratio is 0 and nothing is pushed through it.
-    Both log-ratios are clamped to +-20 with zero gradient outside.
+    `ref_log_prob - log_prob` is clamped to +-20 with zero gradient outside.
     """
     o = objective
     low, high = 1.0 - o.epsilon_low, 1.0 + o.epsilon_high
     forbidden = log_probs == -torch.inf
-    if old_log_probs is None:
-        # a constant 0 with the gradient of log_prob
-        finite = log_probs.masked_fill(forbidden, 0.0)
-        d = finite - finite.detach()
-    else:
-        d = (log_probs - old_log_probs).masked_fill(forbidden, -torch.inf)
-        d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    d = log_ratios
     ratio = d.exp().masked_fill(forbidden, 0.0)
     a = torch.ones_like(log_probs) if o.policy == "nll" or advantages is None else advantages
     clipped = ratio.clamp(low, high)

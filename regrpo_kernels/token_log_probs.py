@@ -86,19 +86,22 @@ def empty_outputs(labels: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor,
 def forward_rows(
     logits: Tensor,
     labels: Tensor,
+    log_probs: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
     temperature: float,
     softcap: float,
-    return_entropy: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    labels = labels.contiguous()
-    log_probs, lse, entropy = outputs = empty_outputs(labels, return_entropy)
+) -> None:
+    """Fills `log_probs`, `lse` and `entropy`, contiguous and shaped like the contiguous labels."""
     with device_guard(logits):
         if impl == "triton":
-            from regrpo_kernels import triton_rows
+            from regrpo_kernels import triton_token_log_probs
 
-            triton_rows.token_log_probs(logits, labels, *outputs, temperature, softcap)
-            return outputs
+            triton_token_log_probs.token_log_probs(
+                logits, labels, log_probs, lse, entropy, temperature, softcap
+            )
+            return
         compiled().token_log_probs(
             dtype=DTYPE_CODES[logits.dtype],
             logits=rows(logits),
@@ -109,9 +112,23 @@ def forward_rows(
             softcap=softcap,
             log_probs=pointer(log_probs),
             lse=pointer(lse),
-            entropy=pointer(entropy) if return_entropy else 0,
+            entropy=pointer(entropy),
             **launch(logits),
         )
+
+
+def _forward(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    softcap: float,
+    return_entropy: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    labels = labels.contiguous()
+    log_probs, lse, entropy = outputs = empty_outputs(labels, return_entropy)
+    wanted = entropy if return_entropy else None
+    forward_rows(logits, labels, log_probs, lse, wanted, temperature, softcap, impl)
     return outputs
 
 
@@ -150,9 +167,9 @@ def gradient_rows(
     dentropy = None if dentropy is None else dentropy.contiguous()
     with device_guard(logits):
         if impl == "triton":
-            from regrpo_kernels import triton_rows
+            from regrpo_kernels import triton_token_log_probs
 
-            triton_rows.token_log_probs_backward(
+            triton_token_log_probs.token_log_probs_backward(
                 logits, labels, lse, entropy, dlog_probs, dentropy, dlogits, temperature, softcap
             )
             return
@@ -174,7 +191,7 @@ def gradient_rows(
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("token_log_probs", forward_rows, _device)
+    library.impl("token_log_probs", _forward, _device)
     library.impl("token_log_probs_backward", _backward, _device)
 
 

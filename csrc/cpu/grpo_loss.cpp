@@ -1,4 +1,6 @@
 // grpo_loss: one fused sweep. A row is read from memory once; its gradient is computed from cache and written once.
+#include <vector>
+
 #include "cpu/launch.h"
 #include "objective.h"
 
@@ -13,11 +15,34 @@ bool labels_in_range(GrpoLossArgs& a) {
   return true;
 }
 
+// Room for the exponentials of one row. An fp32 gradient that takes the place of its logits needs none.
+template <typename T>
+Kept room_for_kept(const GrpoLossArgs& a, int64_t r) {
+  static thread_local std::vector<float> room;
+  const int64_t blocks = a.vocab / kBlock + 1;
+  const bool inside = sizeof(T) == 4 && a.dlogits.data == a.logits.data;
+  const size_t size = blocks + (inside ? 0 : a.vocab);
+  if (room.size() < size) room.resize(size);
+  Kept kept;
+  kept.m = room.data();
+  kept.e = inside ? reinterpret_cast<float*>(row_at<T>(a.dlogits, r)) : room.data() + blocks;
+  return kept;
+}
+
 template <typename T, bool CAP, bool STREAM>
 void sweep_row(const GrpoLossArgs& a, int64_t r, const RowScale& scale, const T* next) {
   const T* p = row_at<T>(a.logits, r);
-  const RowSums sums = row_forward<T, CAP, true>(p, a.vocab, scale);
-  const RowValues row = row_values(sums, Reader<T, CAP>(scale).scalar(p + a.labels[r]), scale);
+  const float z_label = Reader<T, CAP>(scale).scalar(p + a.labels[r]);
+  const bool keep = !CAP && a.dlogits.data && a.objective.entropy_coef == 0.0f;
+  Kept kept;
+  RowSums sums;
+  if (keep) {
+    kept = room_for_kept<T>(a, r);
+    sums = row_forward<T, false, true, true>(p, a.vocab, scale, next, &kept);
+  } else {
+    sums = row_forward<T, CAP, true, false>(p, a.vocab, scale, next, nullptr);
+  }
+  const RowValues row = row_values(sums, z_label, scale);
 
   const auto at = [r](const float* x) { return x ? x + r : nullptr; };
   const TokenObjective token = token_objective(a.objective, row.log_prob, token_ratio(row.log_prob, at(a.old_log_probs)),
@@ -37,14 +62,16 @@ void sweep_row(const GrpoLossArgs& a, int64_t r, const RowScale& scale, const T*
     return;
   }
   RowGradient gradient;
-  gradient.reference = sums.reference;
+  gradient.m = sums.m;
   gradient.at_label = g;
   gradient.b = (-g + (k != 0.0 ? k * (row.entropy - row.log_sum) : 0.0)) / sums.sum;
-  gradient.a = k * scale.inv_temperature / sums.sum;
-  if (k != 0.0) {
-    row_gradient<T, CAP, true, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient, next);
+  gradient.a = k * kLn2 / sums.sum;
+  if (keep) {
+    kept_gradient<T, STREAM>(kept, out, a.vocab, a.labels[r], z_label, scale, gradient);
+  } else if (k != 0.0) {
+    row_gradient<T, CAP, true, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient);
   } else {
-    row_gradient<T, CAP, false, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient, next);
+    row_gradient<T, CAP, false, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient);
   }
 }
 
@@ -61,7 +88,7 @@ int sweep(GrpoLossArgs& a, int num_threads) {
       if (a.dlogits.data) memset(row_at<T>(a.dlogits, r), 0, a.vocab * sizeof(T));
       return;
     }
-    // the next row travels from memory while this one's gradient is computed
+    // the next row travels from memory while this one is computed
     const T* next = next_row >= 0 && a.mask[next_row] ? row_at<T>(a.logits, next_row) : nullptr;
     if (scale.softcap > 0.0f) {
       stream ? sweep_row<T, true, true>(a, r, scale, next) : sweep_row<T, true, false>(a, r, scale, next);

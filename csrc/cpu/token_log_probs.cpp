@@ -17,8 +17,8 @@ bool labels_in_range(TokenLogProbsArgs& a) {
 template <typename T, bool CAP>
 void forward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale) {
   const T* p = row_at<T>(a.logits, r);
-  const RowSums sums = a.entropy ? row_forward<T, CAP, true>(p, a.vocab, scale)
-                                 : row_forward<T, CAP, false>(p, a.vocab, scale);
+  const RowSums sums = a.entropy ? row_forward<T, CAP, true, false>(p, a.vocab, scale, nullptr, nullptr)
+                                 : row_forward<T, CAP, false, false>(p, a.vocab, scale, nullptr, nullptr);
   const RowValues row = row_values(sums, Reader<T, CAP>(scale).scalar(p + a.labels[r]), scale);
   a.log_probs[r] = row.log_prob;
   a.lse[r] = row.lse;
@@ -43,36 +43,38 @@ int forward(TokenLogProbsArgs& a, int num_threads) {
 }
 
 template <typename T, bool CAP, bool STREAM>
-void backward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale, const T* prefetch) {
-  // p = exp((z - lse * temperature) / temperature): the saved lse takes the place of the maximum, and the sum is 1
+void backward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale) {
+  // p = exp(z / temperature - lse): the saved lse takes the place of the maximum, and the sum is 1 but for `rest`
   const double g = a.dlog_probs[r] * scale.inv_temperature;
   const double k = a.dentropy ? -a.dentropy[r] * scale.inv_temperature : 0.0;
   RowGradient gradient;
-  gradient.reference = float(a.lse[r] * a.temperature);
+  gradient.m = float(a.lse[r] * a.temperature);
+  const double rest = Exponent(scale, gradient.m).reference * scale.inv_temperature - a.lse[r];
   gradient.at_label = g;
-  gradient.b = -g + (k != 0.0 ? k * a.entropy[r] : 0.0);
-  gradient.a = k * scale.inv_temperature;
+  gradient.b = (-g + (k != 0.0 ? k * (a.entropy[r] + rest) : 0.0)) * exp(rest);
+  gradient.a = k * kLn2 * exp(rest);
   const T* p = row_at<T>(a.logits, r);
   T* out = row_at<T>(a.dlogits, r);
   if (gradient.a != 0.0) {
-    row_gradient<T, CAP, true, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient, prefetch);
+    row_gradient<T, CAP, true, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient);
   } else {
-    row_gradient<T, CAP, false, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient, prefetch);
+    row_gradient<T, CAP, false, STREAM>(p, out, a.vocab, a.labels[r], scale, gradient);
   }
 }
 
 template <typename T>
 int backward(TokenLogProbsArgs& a, int num_threads) {
   const RowScale scale{1.0 / a.temperature, float(a.softcap)};
-  const bool stream = is_aligned<T>(a.dlogits);
-  advise_huge_pages(a.dlogits.data, a.rows * a.vocab * int64_t(sizeof(T)));
+  const bool fresh = a.dlogits.data != a.logits.data;
+  const bool stream = fresh && is_aligned<T>(a.dlogits);
+  if (fresh) advise_huge_pages(a.dlogits.data, a.rows * a.vocab * int64_t(sizeof(T)));
   for_each_row(a.rows, a.vocab, num_threads, [&](int64_t r, int64_t) {
     if (a.labels[r] == kIgnore || (a.dlog_probs[r] == 0.0f && (!a.dentropy || a.dentropy[r] == 0.0f))) {
       memset(row_at<T>(a.dlogits, r), 0, a.vocab * sizeof(T));
     } else if (scale.softcap > 0.0f) {
-      stream ? backward_row<T, true, true>(a, r, scale, nullptr) : backward_row<T, true, false>(a, r, scale, nullptr);
+      stream ? backward_row<T, true, true>(a, r, scale) : backward_row<T, true, false>(a, r, scale);
     } else {
-      stream ? backward_row<T, false, true>(a, r, scale, nullptr) : backward_row<T, false, false>(a, r, scale, nullptr);
+      stream ? backward_row<T, false, true>(a, r, scale) : backward_row<T, false, false>(a, r, scale);
     }
   });
   return kOk;

@@ -6,6 +6,7 @@ namespace {
 
 struct Vec {
   static constexpr int64_t width = 8;
+  static constexpr bool fused = true;  // fma rounds once
   __m256 v;
   static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }

@@ -5,6 +5,7 @@ namespace {
 
 struct Vec {
   static constexpr int64_t width = 8;
+  static constexpr bool fused = false;  // fma rounds once
   float v[8];
   template <typename F>
   static Vec make(F f) {

@@ -18,15 +18,21 @@ def log_probs64(logits, labels, temperature=1.0, softcap=None):
     return z.gather(-1, labels[..., None])[..., 0] - lse, lse, entropy
 
 
-def token_loss64(log_probs, advantages, old=None, ref=None, **o):
-    """One loss a token, by the table in the documentation of the objective."""
+def token_loss64(log_probs, advantages, old=None, ref=None, sequences=None, **o):
+    """One loss a token, by the table in the documentation of the objective. `sequences`: the id of
+    each token's sequence, for sequence-level ratios.
+    """
     policy, low, high = (
         o.get("policy", "clip"),
         o.get("epsilon_low", 0.2),
         o.get("epsilon_high", 0.2),
     )
     old = log_probs.detach() if old is None else old.double()
-    ratio = (log_probs - old).clamp(-20, 20).exp()
+    d = (log_probs - old).clamp(-20, 20)
+    if sequences is not None:
+        mean = torch.stack([d[sequences == i].mean() for i in sequences]) if len(d) else d
+        d = mean.detach() + log_probs - log_probs.detach()
+    ratio = d.exp()
     clipped = ratio.clamp(1 - low, 1 + high)
     a = None if advantages is None else advantages.double()
     if policy == "clip":
@@ -50,12 +56,12 @@ def token_loss64(log_probs, advantages, old=None, ref=None, **o):
     return loss
 
 
-def grpo_loss64(logits, labels, weights, advantages=None, old=None, ref=None, **o):
+def grpo_loss64(logits, labels, weights, advantages=None, old=None, ref=None, sequences=None, **o):
     """`(loss, gradient of the logits)` in fp64; rows of weight 0 are left out before anything."""
     kept = weights != 0
     x = logits.detach().double().requires_grad_()
     rows = x[kept]
-    pick = [None if t is None else t[kept] for t in (advantages, old, ref)]
+    pick = [None if t is None else t[kept] for t in (advantages, old, ref, sequences)]
     log_probs, _, entropy = log_probs64(
         rows, labels[kept], o.get("temperature", 1.0), o.get("softcap")
     )
@@ -74,7 +80,7 @@ def assert_gradient(ours, exact, dtype, atol=0.0):
     error = (ours.cpu().double() - exact).abs()
     # 6e-8: half a step of fp16 subnormals
     bound = GRADIENT_RTOL[dtype] * exact.abs() + 1e-6 * exact.abs().max() + atol
-    bound += 6e-8 if dtype == torch.float16 else 0.0
+    bound += 6e-8 if dtype == torch.float16 else 1e-16  # fp64 rounding, where the gradient is 0
     worst = (error - bound).flatten().argmax()
     assert (error <= bound).all(), (
         f"error {error.flatten()[worst]:.3g}, allowed {bound.flatten()[worst]:.3g}"

@@ -58,6 +58,39 @@ def inplace(request, implementation):
     return request.param
 
 
+@pytest.mark.parametrize("vocab", [5000, 6144])
+@pytest.mark.parametrize(
+    "rows",
+    ["rising", "falling", "one block far up", "forbidden block first", "far below 0", "huge"],
+)
+def test_rows_whose_maximum_moves(implementation, dtype, inplace, vocab, rows):
+    """Blocks of a row are summed relative to a reference that may move from block to block."""
+    batch = make_batch(3, vocab, dtype)
+    logits = batch["logits"].float()
+    if rows in ("rising", "falling"):
+        ramp = torch.linspace(-150, 150, vocab)
+        logits += ramp if rows == "rising" else -ramp
+    elif rows == "one block far up":
+        logits[:, 2100:2110] += 90
+    elif rows == "forbidden block first":
+        logits[:, :4096] = -torch.inf
+        batch["labels"] = batch["labels"] % 900 + 4096
+    elif rows == "far below 0":
+        logits -= 30000
+    else:
+        logits = logits * 2e3 + 6e4 if dtype == torch.float16 else logits * 1e31 + 1e32
+        logits = logits.clamp(max=torch.finfo(dtype).max)
+    batch["logits"] = logits.to(dtype)
+    log_probs = log_probs64(batch["logits"], batch["labels"])[0].float()
+    batch |= {"old_log_probs": None, "ref_log_probs": None}  # a ratio of 1: they are far from 0
+    batch["loss_mask"][:] = True
+    out, gradient = run(implementation, **batch, inplace=inplace)
+    batch["logits"] = batch["logits"].masked_fill(batch["logits"] == -torch.inf, -40000.0)
+    _, expected = expect(batch, token_mean(batch["loss_mask"]))
+    torch.testing.assert_close(out.log_probs.cpu(), log_probs, rtol=2e-6, atol=2e-6)
+    assert_gradient(gradient, expected, dtype, 2e-7)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradient_match_fp64(implementation, dtype, shape, inplace, poisoned_empty):
     batch = make_batch(*shape, dtype)
@@ -95,6 +128,7 @@ def test_every_policy_and_kl_estimator(implementation, policy, kl_estimator):
     "options",
     [
         {"delta": 1.3},
+        {"delta": 1.05},
         {"entropy_coef": 0.2},
         {"softcap": 6.0},
         {"softcap": 6.0, "entropy_coef": 0.1, "temperature": 1.4},

@@ -205,12 +205,12 @@ def test_opcheck(impl):
     layer, batch = make_batch(9, 63)
     layer["hidden"] = layer["hidden"].nan_to_num()
     mask = batch["loss_mask"] & (batch["labels"] != -100)
-    tokens = [mask, mask.float() / 9, batch["advantages"], batch["old_log_probs"], None]
+    tokens = [mask, mask.float() / 9, batch["advantages"], batch["old_log_probs"], None, None]
     objective = ["clip", "k3", [0.2, 0.2, 0.0, 0.1, 0.0, 1.0, 1.05, 1.0, 0.0]]
     tensors = trained(layer).values()
     opcheck(
         OPS.linear_grpo_loss.default,
-        (*tensors, batch["labels"], *tokens, *objective, [True, True, True], impl),
+        (*tensors, batch["labels"], *tokens, *objective, [True, True, True], False, impl),
     )
     for entropy in (False, True):
         opcheck(
