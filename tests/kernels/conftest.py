@@ -1,33 +1,12 @@
-"""The implementations of the row ops: the reference, C++ for each instruction set, Triton, CUDA."""
+"""One fixture for the implementations of the row ops, one for those of the advantage ops."""
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import pytest
 import torch
+from implementations import IMPLEMENTATIONS
 
-from regrpo_kernels import build_info, force_isa
-
-
-class Implementation(NamedTuple):
-    impl: str
-    device: str
-    isa: str | None = None
-
-    @property
-    def id(self) -> str:
-        return "-".join(part for part in self if part)
-
-
-IMPLEMENTATIONS = [
-    Implementation("reference", "cpu"),
-    *[Implementation("cpu", "cpu", isa) for isa in build_info()["cpu_isas_usable"]],
-    Implementation("triton", "cpu"),
-]
-if torch.cuda.is_available():
-    IMPLEMENTATIONS[-1:] = [Implementation(impl, "cuda") for impl in ("reference", "triton")]
-    if build_info()["cuda_architectures"]:
-        IMPLEMENTATIONS.append(Implementation("cuda", "cuda"))
+from regrpo_kernels import force_isa
 
 
 @pytest.fixture(

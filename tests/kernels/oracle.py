@@ -12,10 +12,10 @@ def log_probs64(logits, labels, temperature=1.0, softcap=None):
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature
-    lse = torch.logsumexp(z, -1)
-    p = torch.softmax(z, -1)
-    entropy = lse - torch.where(p > 0, p * z, 0.0).sum(-1)
-    return z.gather(-1, labels[..., None])[..., 0] - lse, lse, entropy
+    log_p = torch.log_softmax(z, -1)  # not z - lse: next to 1e38 the sum would vanish
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+    return log_p.gather(-1, labels[..., None])[..., 0], torch.logsumexp(z, -1), entropy
 
 
 def token_loss64(log_probs, advantages, old=None, ref=None, sequences=None, **o):
@@ -48,7 +48,7 @@ def token_loss64(log_probs, advantages, old=None, ref=None, sequences=None, **o)
     else:
         loss = -log_probs
     if ref is not None and o.get("beta", 0.0):
-        x = ref.double() - log_probs
+        x = (ref.double() - log_probs).clamp(-20, 20)
         kl = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - x - 1}[o.get("kl_estimator", "k3")]
         if o.get("kl_estimator") == "k1":
             kl = x**2 / 2 + (kl - x**2 / 2).detach()
