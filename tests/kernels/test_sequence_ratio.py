@@ -7,14 +7,14 @@ from test_grpo_loss import make_batch, run, token_mean
 
 from regrpo_kernels import Objective, grpo_loss, linear_grpo_loss, linear_head
 
-LENGTHS = [40, 0, 1, 30, 9]  # an empty sequence, and one without trained tokens (the last)
+LENGTHS = [14, 0, 1, 9, 4]  # an empty sequence, and one without trained tokens (the last)
 SEQUENCES = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
 
 
 def packed_batch(vocab=63, dtype=torch.float32, **scaling):
     batch = make_batch(sum(LENGTHS), vocab, dtype, **scaling)
-    batch["loss_mask"][-9:] = False
-    batch["loss_mask"][40] = True
+    batch["loss_mask"][-4:] = False
+    batch["loss_mask"][14] = True
     batch["cu_seqlens"] = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     # some sequences inside the clip interval, some outside
     batch["old_log_probs"] += torch.tensor([0.0, 0.0, -0.4, 0.3, 0.0])[SEQUENCES]
@@ -106,14 +106,14 @@ def test_without_old_log_probs_the_ratio_is_one(implementation):
 def test_far_ratios_are_clamped_token_by_token(implementation):
     batch = packed_batch()
     batch["old_log_probs"][3] += 1000.0
-    batch["old_log_probs"][45] -= 1000.0
+    batch["old_log_probs"][18] -= 1000.0
     objective = Objective(ratio_level="sequence", policy="sapo")
     check(*run(implementation, **batch, objective=objective), batch, torch.float32, policy="sapo")
 
 
 def test_a_forbidden_token_pushes_nothing_and_the_rest_stays_finite(implementation):
     batch = packed_batch()
-    batch["loss_mask"][:40] = True
+    batch["loss_mask"][:14] = True
     batch["logits"][7, batch["labels"][7]] = -torch.inf
     out, gradient = run(implementation, **batch, objective=Objective(ratio_level="sequence"))
     assert out.log_probs[7] == -torch.inf
@@ -122,13 +122,13 @@ def test_a_forbidden_token_pushes_nothing_and_the_rest_stays_finite(implementati
     assert (gradient[7] == 0).all()
     # it counts as a log-ratio of -20 in its sequence's mean
     batch["old_log_probs"][7] = 0.0
-    log_ratios = out.log_probs.cpu()[:40] - batch["old_log_probs"][:40]
+    log_ratios = out.log_probs.cpu()[:14] - batch["old_log_probs"][:14]
     mean = log_ratios.double().clamp(-20, 20).mean()
-    ratio = 39 * torch.exp(mean)
-    trained = batch["loss_mask"][40:]
-    rest = (out.log_probs.cpu()[40:] - batch["old_log_probs"][40:]).double()
+    ratio = 13 * torch.exp(mean)
+    trained = batch["loss_mask"][14:]
+    rest = (out.log_probs.cpu()[14:] - batch["old_log_probs"][14:]).double()
     for i in range(1, len(LENGTHS)):
-        kept = trained & (SEQUENCES[40:] == i)
+        kept = trained & (SEQUENCES[14:] == i)
         if kept.any():
             ratio = ratio + kept.sum() * rest[kept].mean().exp()
     expected = ratio / batch["loss_mask"].sum()
@@ -187,5 +187,5 @@ def test_rows_without_a_gradient_leave_the_matmuls(ratio_level, monkeypatch):
     weight = torch.randn(63, 12, requires_grad=True)
     objective = Objective(ratio_level=ratio_level)
     linear_grpo_loss(hidden, weight, **batch, objective=objective).loss.backward()
-    assert sum(multiplied) == 40 + 9
+    assert sum(multiplied) == 14 + 4
     assert ((hidden.grad != 0).any(1) == (batch["advantages"][SEQUENCES] != 0)).all()
