@@ -21,7 +21,7 @@ COLORS = {
     "floor": "#333333",
 }
 PEERS = ("#9e2a2b", "#5f8d4e", "#7b5ea7", "#c2703d")
-MOST_CASES = 20  # in one figure; a grid has hundreds, and its tables hold the rest
+MOST_CASES = 32  # in one figure; a grid has hundreds, and its tables hold the rest
 
 
 def draw(records: list[Record], folder: Path, name: str) -> list[Path]:

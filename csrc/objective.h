@@ -82,9 +82,10 @@ static REGRPO_HD inline TokenObjective token_objective(const ObjectiveParams& o,
     t.dlog_prob = -c * a;
   } else if (o.policy == kSapo) {
     const float tau = a > 0.0f ? o.sapo_tau_pos : o.sapo_tau_neg;
-    const float s = 1.0f / (1.0f + expf(-tau * (r - 1.0f)));
+    const float x = tau * (r - 1.0f), e = expf(-fabsf(x));
+    const float s = (x < 0.0f ? e : 1.0f) / (1.0f + e);
     t.loss = -4.0f / tau * s * a;
-    t.dlog_prob = -4.0f * s * (1.0f - s) * a * dr;
+    t.dlog_prob = -4.0f * (e / ((1.0f + e) * (1.0f + e))) * a * dr;  // s (1 - s) would cancel
   } else {
     const float c = o.policy == kReinforce ? a : 1.0f;
     t.loss = c == 0.0f ? 0.0f : -c * log_prob;

@@ -83,9 +83,12 @@ def token_objective(
         dlog_prob = -weight
     elif POLICY == _SAPO:
         tau = tl.where(advantage > 0, sapo_tau_pos, sapo_tau_neg)
-        s = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+        x = tau * (ratio - 1.0)
+        e = tl.exp(-tl.abs(x))
+        s = tl.where(x < 0, e, 1.0) / (1.0 + e)
         loss = -4.0 / tau * s * advantage
-        dlog_prob = -4.0 * s * (1.0 - s) * advantage * dratio
+        # s (1 - s) would cancel
+        dlog_prob = -4.0 * (e / ((1.0 + e) * (1.0 + e))) * advantage * dratio
     else:
         weight = advantage if POLICY == _REINFORCE else 1.0
         loss = tl.where(weight == 0.0, 0.0, -weight * log_prob)

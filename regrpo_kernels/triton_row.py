@@ -56,7 +56,8 @@ def row_values(
             moments = shrink * (moments + shift * totals)
             totals = shrink * totals
             maximum = highest
-        d = tl.where(z == -INFINITY, FLOOR, z - tl.where(maximum == -INFINITY, 0.0, maximum))
+        d = z - tl.where(maximum == -INFINITY, 0.0, maximum)
+        d = tl.where(d < FLOOR, FLOOR, d)  # NaN goes through
         e = tl.exp2(d * scale)
         moments += e * d
         totals += e
@@ -90,7 +91,8 @@ def write_gradient(
         cols = (blocks - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
         live = cols < vocab
         z = _cap(tl.load(x_ptr + cols, mask=live, other=0.0).to(tl.float32), softcap, CAP)
-        d = tl.where(z == -INFINITY, FLOOR, z - reference)
+        d = z - reference
+        d = tl.where(d < FLOOR, FLOOR, d)
         e = tl.exp2(d * (inv_temperature * LOG2E))
         v = e * (b + a * d) if ENTROPY else e * b
         v = tl.where(cols == label, v + at_label, v)
