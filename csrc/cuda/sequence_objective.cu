@@ -5,7 +5,7 @@
 namespace regrpo::cuda {
 namespace {
 
-__global__ void sequence_objective_kernel(SequenceObjectiveArgs a) {
+__global__ void __launch_bounds__(kMaxThreads) sequence_objective_kernel(SequenceObjectiveArgs a) {
   // clamped: on the GPU nobody has looked at the values of cu_seqlens
   const int64_t begin = a.cu_seqlens[blockIdx.x] < 0 ? 0 : a.cu_seqlens[blockIdx.x];
   const int64_t bound = a.cu_seqlens[blockIdx.x + 1], end = bound > a.tokens ? a.tokens : bound;
