@@ -23,7 +23,7 @@ from regrpo_kernels._library import (
     device_guard,
     library,
 )
-from regrpo_kernels.grpo_rows import ROW_INPUTS, STATS, RowInputs, grpo_rows
+from regrpo_kernels.grpo_rows import ROW_INPUTS, STATS, RowInputs, grpo_rows, total_loss
 from regrpo_kernels.loss_inputs import prepare_tokens, sequence_ids
 from regrpo_kernels.objective import (
     Objective,
@@ -132,13 +132,16 @@ library.define("scale_gradient_(Tensor(a!) dlogits, Tensor scale, str impl) -> (
 def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, needs_gradient, _, impl = arguments
     dlogits = _gradient_buffer(logits, needs_gradient)
-    loss, stats = grpo_rows(logits, dlogits if needs_gradient else None, RowInputs(*inputs), impl)
-    return loss, stats, dlogits
+    rows = RowInputs(*inputs)
+    stats = grpo_rows(logits, dlogits if needs_gradient else None, rows, impl)
+    return total_loss(stats, rows.weights), stats, dlogits
 
 
 def _grpo_loss_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *inputs, impl = arguments
-    return grpo_rows(logits, logits, RowInputs(*inputs), impl)
+    rows = RowInputs(*inputs)
+    stats = grpo_rows(logits, logits, rows, impl)
+    return total_loss(stats, rows.weights), stats
 
 
 def _gradient_buffer(logits: Tensor, needs_gradient: bool) -> Tensor:

@@ -111,10 +111,8 @@ class RowInputs(NamedTuple):
         return self.options[_OPTIONS.index(name)]
 
 
-def grpo_rows(
-    logits: Tensor, dlogits: Tensor | None, inputs: RowInputs, impl: str
-) -> tuple[Tensor, Tensor]:
-    """`(loss, stats [9, ...])`; the gradient goes to `dlogits`, which may be `logits`, if any."""
+def grpo_rows(logits: Tensor, dlogits: Tensor | None, inputs: RowInputs, impl: str) -> Tensor:
+    """The statistics; the gradient goes to `dlogits`, which may be `logits`, if any."""
     stats = torch.empty(
         (len(STATS), *inputs.labels.shape), dtype=torch.float32, device=logits.device
     )
@@ -125,7 +123,11 @@ def grpo_rows(
         sequence_objective(inputs, stats, impl)
         if dlogits is not None:
             objective_gradient_rows(logits, dlogits, inputs, stats, impl)
-    return torch.dot(stats[0].flatten(), inputs.weights.flatten()), stats
+    return stats
+
+
+def total_loss(stats: Tensor, weights: Tensor) -> Tensor:
+    return torch.dot(stats[0].flatten(), weights.flatten())
 
 
 def _sweep(

@@ -28,6 +28,7 @@ from regrpo_kernels.grpo_rows import (
     log_prob_rows,
     objective_gradient_rows,
     sequence_objective,
+    total_loss,
 )
 from regrpo_kernels.linear_head import LinearHead, check_linear, fake_gradients, gradient_needs
 from regrpo_kernels.loss_inputs import prepare_tokens
@@ -52,15 +53,18 @@ def _linear_grpo_loss(
     else:
         found, head = _sequence_level(head, inputs.select(selected), needs, impl)
     stats = found.new_zeros(len(STATS), inputs.labels.numel()).index_copy_(1, selected, found)
-    loss = torch.dot(stats[0], inputs.weights.flatten())
-    return loss, stats.view(len(STATS), *inputs.labels.shape), *head.gradients()
+    return (
+        total_loss(stats, inputs.weights),
+        stats.view(len(STATS), *inputs.labels.shape),
+        *head.gradients(),
+    )
 
 
 def _token_level(head: LinearHead, inputs: RowInputs, gradient: bool, impl: str) -> Tensor:
     stats = torch.empty(len(STATS), len(inputs.labels), device=inputs.labels.device)
     for rows, logits in head.chunks():
         part = inputs.part(rows)
-        _, stats[:, rows] = grpo_rows(logits, logits if gradient else None, part, impl)
+        stats[:, rows] = grpo_rows(logits, logits if gradient else None, part, impl)
         if gradient:
             head.add_gradient(rows, logits, has_gradient(part, stats[:, rows]))
     return stats

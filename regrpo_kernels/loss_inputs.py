@@ -19,9 +19,7 @@ class TokenInputs(NamedTuple):
     advantages: Tensor | None
     old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
-    ratio_bounds: (
-        Tensor | None
-    )  # int64 [B + 1] over the flattened tokens; for sequence-level ratios
+    ratio_bounds: Tensor | None  # int64 [B + 1] over flattened tokens: sequence-level ratios
 
 
 def prepare_tokens(
