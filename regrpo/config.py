@@ -56,16 +56,20 @@ class DataConfig:
         count: tasks to demonstrate.
         tasks: which tasks.
         near_miss_share: share of the tasks without a trap that get a forced near-miss as well.
+        long_share: share of the reflections that quote the observation behind their evidence, as
+            freely written ones do; what a cost on reflection can save.
     """
 
     out: str
     count: int = 8000
     tasks: TaskConfig = field(default_factory=TaskConfig)
     near_miss_share: float = 0.35
+    long_share: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.count > 0, "count", self.count, "1 or more")
         _require(0 <= self.near_miss_share <= 1, "near_miss_share", self.near_miss_share, "a share")
+        _require(0 <= self.long_share <= 1, "long_share", self.long_share, "a share")
 
 
 @dataclass(frozen=True)

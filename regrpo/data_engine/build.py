@@ -21,7 +21,7 @@ from pathlib import Path
 
 from regrpo.config import DataConfig
 from regrpo.data_engine.near_miss import ERROR_SHARES, near_misses
-from regrpo.data_engine.teacher import explain
+from regrpo.data_engine.teacher import explain, long_winded
 from regrpo.environment import Environment
 from regrpo.prompts import observation_turn, opening, thought
 from regrpo.records import Record, write_records
@@ -95,9 +95,12 @@ def failed_turns(failure: Failure) -> list[Message]:
 
 
 def demonstrate(
-    environment: Environment, tasks: Sequence[Task], *, seed: int
+    environment: Environment, tasks: Sequence[Task], *, seed: int, long_share: float = 0.0
 ) -> tuple[list[Demonstration], Counter[str]]:
     """Executes every reference call and every near-miss of the tasks.
+
+    Args:
+        long_share: share of the reflections that are long-winded.
 
     Returns the demonstrations and how many near-misses each gate dropped.
 
@@ -134,21 +137,29 @@ def demonstrate(
             if reflection is None:
                 dropped["repair not in the observation"] += 1
                 continue
+            if random.Random(f"{seed}-{task.id}-{index}-{error_type}").random() < long_share:
+                reflection = long_winded(reflection, observation.text)
             failures.append(Failure(index, error_type, call, observation, reflection))
         demonstrations.append(Demonstration(task, observations, tuple(failures)))
     return demonstrations, dropped
 
 
 def build(
-    environment: Environment, tasks: Sequence[Task], *, seed: int, near_miss_share: float = 0.35
+    environment: Environment,
+    tasks: Sequence[Task],
+    *,
+    seed: int,
+    near_miss_share: float = 0.35,
+    long_share: float = 0.0,
 ) -> Corpus:
     """Builds the three corpora.
 
     Args:
         near_miss_share: share of the tasks without a trap that get a forced near-miss record as
             well; its error type is the feasible one that lags furthest behind ``ERROR_SHARES``.
+        long_share: share of the reflections that are long-winded.
     """
-    demonstrations, dropped = demonstrate(environment, tasks, seed=seed)
+    demonstrations, dropped = demonstrate(environment, tasks, seed=seed, long_share=long_share)
     corpus = Corpus(dropped=dropped)
     counts: Counter[str] = Counter()
     rng = random.Random(seed)
@@ -241,6 +252,7 @@ def write_corpora(config: DataConfig, environment: Environment) -> str:
         tasks.generate(config.count),
         seed=tasks.seed,
         near_miss_share=config.near_miss_share,
+        long_share=config.long_share,
     )
     out = Path(config.out)
     for name in ("success", "clean", "rot"):

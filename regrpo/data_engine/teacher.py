@@ -6,10 +6,12 @@ the line that names the right one, or the error itself.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from regrpo.tool_calls import Reflection, ToolCall
 
+QUOTED_LINES = 2
 _EDGE = re.compile(r"(?:^|\s)(\S+) -> (\S+?)(?=[\s,;]|$)", re.MULTILINE)
 
 
@@ -31,6 +33,14 @@ def explain(
     naming = (line.strip() for line in observation.splitlines()[1:] if _names(line, wanted))
     evidence = next(naming, None)
     return None if evidence is None else Reflection(error_type, evidence, plan)
+
+
+def long_winded(reflection: Reflection, observation: str) -> Reflection:
+    """The same repair, with the first ``QUOTED_LINES`` lines of the observation quoted behind the
+    evidence, as teachers that write freely do: more tokens, the same information."""
+    lines = [line.strip() for line in observation.strip().splitlines()[:QUOTED_LINES]]
+    quoted = [line for line in lines if line and line != reflection.evidence]
+    return replace(reflection, evidence="; ".join([reflection.evidence, *quoted]))
 
 
 def _names(line: str, wanted: str) -> bool:
