@@ -4,7 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from regrpo.environment import Environment
 from regrpo.modeling import load_model, load_tokenizer
 from regrpo.records import write_atomically, write_records
 from regrpo.report import transcript
-from regrpo.rollout import Policy, Trajectory, run, same_answer, task_start
+from regrpo.rollout import Policy, Trajectory, TurnRecord, run, same_answer, task_start
 from regrpo.sampling import LocalPolicy
-from regrpo.tasks import SERIAL_FAMILIES
+from regrpo.tasks import FAMILIES, SERIAL_FAMILIES
 from regrpo.tools import Status
 
 
@@ -62,6 +62,21 @@ def rate(outcomes: Iterable[bool]) -> Rate:
 
 
 @dataclass(frozen=True)
+class FamilyReport:
+    """The part of a `Report` that is told of each task family as well; its names mean the same."""
+
+    success: Rate
+    first_try: Rate
+    recovery_own: Rate
+    recovery_forced: Rate
+    reflection_tokens: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Report.to_dict`."""
+        return _to_dict(self)
+
+
+@dataclass(frozen=True)
 class Report:
     """What an agent does on held-out tasks.
 
@@ -77,6 +92,7 @@ class Report:
         error_type: of the reflections after forced near-misses, those that name the error type.
         reflection_tokens: mean length of a reflection after a failure; 0 without any.
         success_serial: success on the families whose repair takes several looks.
+        families: the same by task family, in the order of `regrpo.tasks.FAMILIES`.
     """
 
     success: Rate
@@ -87,13 +103,57 @@ class Report:
     error_type: Rate
     reflection_tokens: float
     success_serial: Rate
+    families: dict[str, FamilyReport]
 
     def to_dict(self) -> dict[str, Any]:
         """Rates as percent, 95 % interval and count; None for a rate of nothing."""
-        return {
-            name: value.to_dict() if isinstance(value, Rate) else value
-            for name, value in vars(self).items()
-        }
+        families = {name: family.to_dict() for name, family in self.families.items()}
+        return {**_to_dict(self), "families": families}
+
+    def __str__(self) -> str:
+        """A line a number, and a table of the families."""
+        lines = [f"{name:18} {value}" for name, value in vars(self).items() if name != "families"]
+        rows = [["family", *(f.name for f in fields(FamilyReport))]]
+        for name, family in self.families.items():
+            cells = (f"{x:.1f}" if isinstance(x, float) else str(x) for x in vars(family).values())
+            rows.append([name, *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join([*lines, "", *table])
+
+
+def _to_dict(report: FamilyReport | Report) -> dict[str, Any]:
+    return {
+        name: value.to_dict() if isinstance(value, Rate) else value
+        for name, value in vars(report).items()
+    }
+
+
+Pair = tuple[Demonstration, Trajectory]
+
+
+def _family_report(episodes: Sequence[Pair], forced: Sequence[Trajectory]) -> FamilyReport:
+    """What is told of any set of tasks."""
+    turns = [turn for t in [*(t for _, t in episodes), *forced] for turn in t.turns]
+    tokens = [turn.reflection_tokens for turn in turns if turn.correction]
+    return FamilyReport(
+        success=rate(t.success for _, t in episodes),
+        first_try=rate(t.success and not any(u.correction for u in t.turns) for _, t in episodes),
+        recovery_own=rate(
+            _as_reference(demo, turn) for demo, t in episodes for turn in t.turns if turn.correction
+        ),
+        recovery_forced=rate(t.success for t in forced),
+        reflection_tokens=sum(tokens) / len(tokens) if tokens else 0.0,
+    )
+
+
+def _as_reference(demo: Demonstration, turn: TurnRecord) -> bool:
+    """Whether a turn observed what the reference call of its step observes."""
+    return (
+        turn.observation.status is Status.OK
+        and turn.step < len(demo.observations)
+        and same_answer(turn.observation.text, demo.observations[turn.step].text)
+    )
 
 
 def evaluate(
@@ -116,28 +176,24 @@ def evaluate(
     forced_from = [d for d in demonstrations if d.failures]
     starts = local_starts(forced_from, rng, forced_share=1.0)
     forced = run(policy, environment, starts, reflect=reflect, whole=False)
-    own = [
-        turn.observation.status is Status.OK
-        and turn.step < len(demo.observations)
-        and same_answer(turn.observation.text, demo.observations[turn.step].text)
-        for demo, episode in zip(demonstrations, episodes, strict=True)
-        for turn in episode.turns
-        if turn.correction
-    ]
+    pairs = list(zip(demonstrations, episodes, strict=True))
     free = [turn for t in episodes for turn in t.turns if not turn.correction]
-    corrections = [turn for t in [*episodes, *forced] for turn in t.turns if turn.correction]
-    tokens = [turn.reflection_tokens for turn in corrections]
+    present = {d.task.family for d in demonstrations}
     report = Report(
-        success=rate(t.success for t in episodes),
-        first_try=rate(t.success and not any(u.correction for u in t.turns) for t in episodes),
-        recovery_own=rate(own),
-        recovery_forced=rate(t.success for t in forced),
+        **vars(_family_report(pairs, forced)),
         unneeded=rate(turn.reflection_tokens > 0 for turn in free),
         error_type=rate(
             f"ErrorType: {t.start.error_type}\n" in t.turns[-1].text for t in forced if reflect
         ),
-        reflection_tokens=sum(tokens) / len(tokens) if tokens else 0.0,
         success_serial=rate(t.success for t in episodes if t.start.task.family in SERIAL_FAMILIES),
+        families={
+            family: _family_report(
+                [pair for pair in pairs if pair[0].task.family == family],
+                [t for t in forced if t.start.task.family == family],
+            )
+            for family in FAMILIES
+            if family in present
+        },
     )
     return report, episodes
 
@@ -167,4 +223,4 @@ def run_eval(config: EvalConfig, environment: Environment) -> str:
         out = Path(config.out)
         write_atomically(out / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
         write_records(out / "transcripts.jsonl", (transcript(t) for t in episodes))
-    return "\n".join(f"{name:18} {value}" for name, value in vars(report).items())
+    return str(report)

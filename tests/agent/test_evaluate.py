@@ -12,7 +12,7 @@ from regrpo.evaluate import Rate, evaluate, rate, run_eval
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat
-from regrpo.tasks import SERIAL_FAMILIES, generate_tasks
+from regrpo.tasks import FAMILIES, SERIAL_FAMILIES, generate_tasks
 from regrpo.tool_calls import Reflection, ToolCall, Turn
 
 
@@ -103,6 +103,40 @@ def test_an_oracle_recovers_from_everything(tokenizer, environment, held_out, re
         assert report.error_type.count == 0
 
 
+def test_families_are_reported_apart(tokenizer, environment, held_out):
+    """An oracle whose repairs go wrong, but for one family."""
+
+    class Specialist(Oracle):
+        def turn(self, text):
+            family = next(
+                d.task.family for d in held_out if f"Task: {d.task.question}<|end|>" in text
+            )
+            self.repair = "right" if family == "links" else "wrong"
+            return super().turn(text)
+
+    report, episodes = evaluate(
+        Specialist(tokenizer, held_out), environment, held_out, reflect=True
+    )
+    assert list(report.families) == list(FAMILIES)
+    assert report.families["links"].recovery_own.percent == 100
+    assert report.families["links"].recovery_forced.percent == 100
+    for name, family in report.families.items():
+        own = [(d, e) for d, e in zip(held_out, episodes, strict=True) if d.task.family == name]
+        assert family.success == rate(e.success for _, e in own)
+        assert family.first_try.percent == share(not d.task.trapped for d, _ in own)
+        if name != "links":
+            assert family.recovery_own.hits == family.recovery_forced.hits == 0
+            assert family.recovery_own.count > 0
+    for name in ("success", "first_try", "recovery_own", "recovery_forced"):
+        parts = [getattr(family, name) for family in report.families.values()]
+        hits, count = sum(p.hits for p in parts), sum(p.count for p in parts)
+        assert getattr(report, name) == Rate(hits, count)
+    assert report.families["links"].reflection_tokens == report.reflection_tokens > 0
+    told = json.loads(json.dumps(report.to_dict()))["families"]["links"]
+    assert told["success"]["count"] == report.families["links"].success.count
+    assert set(told) == set(vars(report.families["links"]))
+
+
 @pytest.mark.parametrize("repair", ["wrong", "other"])
 def test_repairs_that_do_not_repair(tokenizer, environment, held_out, repair):
     policy = Oracle(tokenizer, held_out, repair=repair)
@@ -184,6 +218,9 @@ def test_run_eval_writes_a_report_and_transcripts(model, tokenizer, environment,
     report = json.loads(raw)
     assert report["success"]["count"] == 8
     assert report["success_serial"] is None  # no such task among them
+    assert list(report["families"]) == ["formats", "layout"]
+    assert re.search(r"^family +success +first_try ", text, re.MULTILINE)
+    assert re.search(r"^layout +0\.0 \[", text, re.MULTILINE)
     lines = [json.loads(line) for line in (tmp_path / "out" / "transcripts.jsonl").open()]
     assert len(lines) == 8
     assert all(line["turns"][0]["status"] == "error" for line in lines)
