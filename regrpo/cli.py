@@ -73,6 +73,12 @@ def _demo(config: settings.DemoConfig) -> None:
     run_demo(config)
 
 
+def _experiment(config: settings.ExperimentConfig) -> None:
+    from regrpo.experiment import run_experiment
+
+    run_experiment(config)
+
+
 Command = tuple[str, type[Any], Callable[[Any], None], str]
 COMMANDS: tuple[Command, ...] = (
     ("pretrain", settings.PretrainConfig, _pretrain, "make the small base model"),
@@ -81,6 +87,12 @@ COMMANDS: tuple[Command, ...] = (
     ("eval", settings.EvalConfig, _eval, "evaluate on held-out tasks"),
     ("run", settings.RunConfig, _run, "let a trained agent answer a task about a folder"),
     ("demo", settings.DemoConfig, _demo, "everything once: data, five agents, table, curves"),
+    (
+        "experiment",
+        settings.ExperimentConfig,
+        _experiment,
+        "all agents over several seeds, with intervals, tables and figures",
+    ),
 )
 DATA_COMMANDS: tuple[Command, ...] = (
     ("build", settings.DataConfig, _data_build, "execute near-misses and write records"),

@@ -56,8 +56,8 @@ class DataConfig:
         count: tasks to demonstrate.
         tasks: which tasks.
         near_miss_share: share of the tasks without a trap that get a forced near-miss as well.
-        long_share: share of the reflections that quote the observation behind their evidence, as
-            freely written ones do; what a cost on reflection can save.
+        long_share: share of the reflections that say the same in more words, as freely written
+            ones do; what a cost on reflection can save.
     """
 
     out: str
@@ -224,6 +224,7 @@ class RewardConfig:
         lambda_exec: weight of executed success.
         eta: weight of the reflection cost.
         tokens_per_cost: reflection tokens that cost one unit.
+        baseline: what a reward is compared with: "mean" of its group, "leave_one_out", or "none".
         scale: "none", or "group" to divide by the group's standard deviation.
         min_std: floor of that standard deviation.
         clip: advantages are clipped to [-clip, clip].
@@ -232,12 +233,15 @@ class RewardConfig:
     lambda_exec: float = 1.0
     eta: float = 0.1
     tokens_per_cost: float = 100.0
+    baseline: str = "mean"
     scale: str = "none"
     min_std: float = 0.0
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_cost > 0, "tokens_per_cost", self.tokens_per_cost, "positive")
+        baselines = ("mean", "leave_one_out", "none")
+        _require(self.baseline in baselines, "baseline", self.baseline, " or ".join(baselines))
         _require(self.scale in ("none", "group"), "scale", self.scale, "none or group")
         _require(self.min_std >= 0, "min_std", self.min_std, "0 or more")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "positive, or null")
@@ -384,3 +388,29 @@ class DemoConfig:
     def __post_init__(self) -> None:
         for name in ("pretrain_steps", "data_tasks", "sft_steps", "rl_steps", "eval_tasks"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(DemoConfig):
+    """The comparison of all agents over several seeds; each seed is a demo of its own.
+
+    Args:
+        out: folder of everything the experiment makes.
+        seed: the first seed.
+        pretrain_steps: optimizer steps of the base model.
+        data_tasks: tasks the supervised agents learn from.
+        sft_steps: optimizer steps of each supervised agent.
+        rl_steps: updates of each RL agent.
+        eval_tasks: held-out tasks a seed.
+        seeds: how many seeds, one after the other.
+        page: Markdown page whose section `<!-- experiment -->` takes the tables, with figures in
+            the folder `figures` beside it; None leaves them in `out`.
+    """
+
+    out: str = "runs/experiment"
+    seeds: int = 5
+    page: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.seeds > 1, "seeds", self.seeds, "2 or more: intervals are over seeds")

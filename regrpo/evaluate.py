@@ -203,15 +203,20 @@ def held_out(config: EvalConfig, environment: Environment) -> list[Demonstration
     return demonstrate(environment, config.tasks.generate(config.count), seed=config.seed)[0]
 
 
-def evaluate_model(config: EvalConfig, environment: Environment) -> tuple[Report, list[Trajectory]]:
-    """Loads and evaluates a model on the held-out tasks of a configuration."""
-    policy = LocalPolicy(
+def load_policy(config: EvalConfig) -> LocalPolicy:
+    """The model of a configuration, ready to act."""
+    return LocalPolicy(
         load_model(config.model).eval(),
         load_tokenizer(config.model),
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
     )
+
+
+def evaluate_model(config: EvalConfig, environment: Environment) -> tuple[Report, list[Trajectory]]:
+    """Loads and evaluates a model on the held-out tasks of a configuration."""
+    policy = load_policy(config)
     demonstrations = held_out(config, environment)
     return evaluate(policy, environment, demonstrations, reflect=config.reflect, seed=config.seed)
 

@@ -25,7 +25,7 @@ SEQUENCES = 28
 def task_tokenizer(config: PretrainConfig, environment: Environment) -> Qwen2Tokenizer:
     """The tokenizer, from executed demonstrations of generated tasks."""
     tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 6)))
-    corpus = build(environment, tasks, seed=config.seed)
+    corpus = build(environment, tasks, seed=config.seed, long_share=0.5)
     texts = [render_template(r["conversations"]) for r in [*corpus.success, *corpus.rot]]
     return build_tokenizer(texts, [*WORDS, REFLECTION_OPENER, "Thought:"])
 

@@ -1,8 +1,8 @@
 """The small agents that are compared: one base model, one set of tasks, equal budgets.
 
 Supervised data has repairs of up to three hops and rarely a longer one; reinforcement learning and
-evaluation go to six, which is what it has to improve. Half of the reflections are long-winded, as
-freely written ones are, so that a cost on reflection has something to save. All depends on
+evaluation go to six, which is what it has to improve. Three in four reflections are long-winded,
+as freely written ones are, so that a cost on reflection has something to save. All depends on
 the configuration and its seed, nothing on the machine or on what runs beside it.
 """
 
@@ -33,7 +33,7 @@ from regrpo.tasks import SERIAL_FAMILIES
 
 WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 6), (1, 6)
 # Serial repairs by themselves, and inside longer tasks.
-RL_FAMILIES = (*SERIAL_FAMILIES * 3, "label", "lookup", "sum")
+RL_FAMILIES = (*SERIAL_FAMILIES * 2, "layout", "label", "lookup", "label", "sum", "sum")
 # A reflection of the small tokenizer has a fifth of the tokens that it has elsewhere.
 COST = RewardConfig(tokens_per_cost=20.0)
 
@@ -120,7 +120,7 @@ def _rl(config: DemoConfig, name: str, start: str) -> Job:
         "states": 48,
         "group_size": 8,
         "forced_share": 0.8,
-        "max_new_tokens": 80,
+        "max_new_tokens": 96,
         "beta": 0.005,
         "optim": OptimConfig(lr=6e-4),
         "steps": config.rl_steps,
@@ -141,7 +141,7 @@ def training_jobs(config: DemoConfig, names: Iterable[str]) -> dict[str, Job]:
         _folder(config, "data"),
         count=config.data_tasks,
         tasks=TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS, tail=0.06),
-        long_share=0.5,
+        long_share=0.75,
     )
     jobs = {
         "base": Job(partial(in_environment, run_pretrain), base, steps=config.pretrain_steps),

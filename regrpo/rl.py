@@ -53,6 +53,7 @@ def advantages_of(
         lambda_exec=reward.lambda_exec,
         eta=reward.eta,
         tokens_per_cost=reward.tokens_per_cost,
+        baseline=reward.baseline,
         scale=reward.scale,
         min_std=reward.min_std,
         clip=reward.clip,
@@ -210,4 +211,7 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
             weighted = sum(v * n for v, n in zip(values, trained, strict=True))
             metrics[name] = weighted / sum(trained)
     metrics["lr"] = training.lr
+    metrics["trajectories"] = len(trajectories)
+    metrics["tokens"] = sum(len(tokens[i]) for i in used) * config.epochs
+    metrics["trained_tokens"] = sum(trained) * config.epochs
     return metrics

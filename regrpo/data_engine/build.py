@@ -138,7 +138,7 @@ def demonstrate(
                 dropped["repair not in the observation"] += 1
                 continue
             if random.Random(f"{seed}-{task.id}-{index}-{error_type}").random() < long_share:
-                reflection = long_winded(reflection, observation.text)
+                reflection = long_winded(reflection, call, task.steps[index].call)
             failures.append(Failure(index, error_type, call, observation, reflection))
         demonstrations.append(Demonstration(task, observations, tuple(failures)))
     return demonstrations, dropped

@@ -7,11 +7,11 @@ the line that names the right one, or the error itself.
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from regrpo.tool_calls import Reflection, ToolCall
 
-QUOTED_LINES = 2
 _EDGE = re.compile(r"(?:^|\s)(\S+) -> (\S+?)(?=[\s,;]|$)", re.MULTILINE)
 
 
@@ -35,12 +35,16 @@ def explain(
     return None if evidence is None else Reflection(error_type, evidence, plan)
 
 
-def long_winded(reflection: Reflection, observation: str) -> Reflection:
-    """The same repair, with the first ``QUOTED_LINES`` lines of the observation quoted behind the
-    evidence, as teachers that write freely do: more tokens, the same information."""
-    lines = [line.strip() for line in observation.strip().splitlines()[:QUOTED_LINES]]
-    quoted = [line for line in lines if line and line != reflection.evidence]
-    return replace(reflection, evidence="; ".join([reflection.evidence, *quoted]))
+def long_winded(reflection: Reflection, failed: ToolCall, corrected: ToolCall) -> Reflection:
+    """The same repair in more words, as teachers that write freely do: every edge of the way is
+    cited by itself, and the plan names what it replaces."""
+    names = reflection.evidence.split(" -> ")
+    evidence = "; ".join(f"{a} -> {b}" for a, b in pairwise(names)) or reflection.evidence
+    wrong: Any = failed.name
+    if failed.name == corrected.name and len(failed.args) == len(corrected.args):
+        wrong, _ = _difference(failed.args, corrected.args)
+    plan = f"{reflection.fix_plan} instead of {list(wrong) if isinstance(wrong, tuple) else wrong}"
+    return replace(reflection, evidence=evidence, fix_plan=plan)
 
 
 def _names(line: str, wanted: str) -> bool:
