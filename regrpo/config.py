@@ -7,6 +7,16 @@ from dataclasses import dataclass, field
 
 from regrpo.tasks import FAMILIES, Task, generate_tasks
 
+# Of an offline group; see regrpo.data_engine.contrast.
+CANDIDATES = (
+    "one_shot",
+    "plain_retry",
+    "recovery",
+    "failed_recovery",
+    "long_recovery",
+    "bare_recovery",
+)
+
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
@@ -249,27 +259,38 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """On-policy ReGRPO on local trajectories.
+    """ReGRPO: on-policy on local trajectories or episodes, or offline on fixed candidates.
 
     Args:
         model: Hugging Face name or path, usually of an SFT run.
         out: folder of the run.
+        mode: "local", one step from a state; "offline", as the official release: the fixed,
+            executed candidates of a state and nothing sampled.
         tasks: where states come from.
         reflect: open a reflection block after a typed failure; False is GRPO with plain retries.
         steps: updates.
         states: states an update.
         group_size: trajectories a state (K).
-        forced_share: share of the states that start behind an executed near-miss.
+        candidates: of a state offline, group_size of them: one_shot, plain_retry, recovery,
+            failed_recovery, long_recovery, bare_recovery; the official release has all but
+            long_recovery.
+        forced_share: share of the states that start behind an executed near-miss; an offline group
+            always holds one.
         skip_zero_variance: leave groups without any advantage out of the update; what they would
             add is the KL term.
         epochs: passes over the trajectories of an update.
         batch_tokens: tokens of one forward and backward pass, at most; an update adds them up.
         temperature: of sampling and of the loss.
         max_new_tokens: limit of one turn.
+        policy: objective of a token: "clip", "cispo" or "sapo" by ratios to the policy that
+            sampled, or "reinforce", -A log pi, as the official release; the only one offline, where
+            there is nothing to take a ratio to.
         epsilon_low: lower clip bound of the ratio.
         epsilon_high: upper clip bound of the ratio.
         beta: weight of the KL to the starting model.
-        kl_estimator: k1, k2 or k3.
+        kl_estimator: k1, k2 or k3; "k1-constant" is k1 as the official release differentiates it,
+            with the constant gradient beta * grad log pi, an advantage lower by beta. It does not
+            depend on the reference and holds nothing near it; needs policy "reinforce".
         loss_agg_mode: how token losses are averaged.
         reward: the reward.
         optim: the optimizer.
@@ -280,17 +301,20 @@ class TrainConfig:
 
     model: str
     out: str
+    mode: str = "local"
     tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(2, 6)))
     reflect: bool = True
     steps: int = 100
     states: int = 24
     group_size: int = 5
+    candidates: tuple[str, ...] = CANDIDATES[:5]
     forced_share: float = 0.4
     skip_zero_variance: bool = True
     epochs: int = 1
     batch_tokens: int = 16384
     temperature: float = 1.0
     max_new_tokens: int = 96
+    policy: str = "clip"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     beta: float = 0.03
@@ -312,6 +336,30 @@ class TrainConfig:
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
         _require(self.beta >= 0, "beta", self.beta, "0 or more")
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+        self._require_fitting_mode()
+
+    def _require_fitting_mode(self) -> None:
+        modes = ("local", "offline")
+        policies = ("clip", "cispo", "sapo", "reinforce")
+        estimators = ("k1", "k2", "k3", "k1-constant")
+        policy = self.policy
+        _require(self.mode in modes, "mode", self.mode, "local or offline")
+        _require(policy in policies, "policy", policy, "clip, cispo, sapo or reinforce")
+        estimator = self.kl_estimator
+        _require(estimator in estimators, "kl_estimator", estimator, "k1, k2, k3 or k1-constant")
+        if estimator == "k1-constant":
+            needed = "reinforce with kl_estimator k1-constant"
+            _require(policy == "reinforce", "policy", policy, needed)
+        if self.mode == "offline":
+            needed = "reinforce with mode offline, which has no old log-probs"
+            _require(policy == "reinforce", "policy", policy, needed)
+            needed = "true with mode offline, whose candidates reflect"
+            _require(self.reflect, "reflect", self.reflect, needed)
+            names = self.candidates
+            known = len(set(names)) == len(names) and set(names) <= set(CANDIDATES)
+            _require(known, "candidates", names, f"different ones of {', '.join(CANDIDATES)}")
+            needed = f"the number of candidates, {len(names)}, with mode offline"
+            _require(self.group_size == len(names), "group_size", self.group_size, needed)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from regrpo.data_engine.build import demonstrate, local_starts
 from regrpo.environment import Environment
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
+from regrpo.offline import offline_trajectories
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate
 from regrpo.rollout import Trajectory, run
 from regrpo.sampling import LocalPolicy
@@ -38,6 +39,17 @@ def sample_starts(config: TrainConfig, environment: Environment, step: int) -> l
     demonstrations, _ = demonstrate(environment, tasks, seed=config.seed)
     rng = random.Random(f"{config.seed}-{step}")
     return local_starts(demonstrations, rng, forced_share=config.forced_share)
+
+
+def collect(
+    config: TrainConfig, policy: LocalPolicy, environment: Environment, step: int
+) -> tuple[list[Trajectory], dict[str, float]]:
+    """The trajectories of one update, groups consecutive, and metrics of how they came about."""
+    if config.mode == "offline":
+        return offline_trajectories(config, policy.chat, environment, step)
+    starts = sample_starts(config, environment, step)
+    groups = [start for start in starts for _ in range(config.group_size)]
+    return run(policy, environment, groups, reflect=config.reflect, whole=False), {}
 
 
 def advantages_of(
@@ -97,12 +109,14 @@ class Learner:
     def __init__(self, model: CausalLM, config: TrainConfig):
         self.model = model
         self.config = config
+        constant = config.kl_estimator == "k1-constant"
+        self._advantage_shift = config.beta if constant else 0.0
         self.objective = Objective(
-            policy="clip",
+            policy=config.policy,
             epsilon_low=config.epsilon_low,
             epsilon_high=config.epsilon_high,
-            beta=config.beta,
-            kl_estimator=config.kl_estimator,
+            beta=0.0 if constant else config.beta,
+            kl_estimator="k1" if constant else config.kl_estimator,
             temperature=config.temperature,
             loss_agg_mode=config.loss_agg_mode,
             max_completion_length=2 * config.max_new_tokens,  # two turns
@@ -134,6 +148,9 @@ class Learner:
 
     def backward(self, batch: PackedBatch, normalizer: float) -> dict[str, float]:
         """Accumulates the gradient of one pack; returns the loss's metrics."""
+        if self._advantage_shift:
+            assert batch.advantages is not None
+            batch = replace(batch, advantages=batch.advantages - self._advantage_shift)
         hidden = hidden_states(self.model, batch)
         out = policy_loss(hidden, *head(self.model), batch, self.objective, normalizer)
         out.loss.backward()
@@ -162,10 +179,8 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         while training.step < config.steps:
             began = time.perf_counter()
             policy.generator.manual_seed(1_000_003 * config.seed + training.step)
-            starts = sample_starts(config, environment, training.step)
-            groups = [start for start in starts for _ in range(config.group_size)]
-            trajectories = run(policy, environment, groups, reflect=config.reflect, whole=False)
-            metrics = update(training, learner, trajectories)
+            trajectories, collected = collect(config, policy, environment, training.step)
+            metrics = update(training, learner, trajectories) | collected
             metrics["time/step_s"] = time.perf_counter() - began
             training.log(metrics)
             training.finish_step(config.save_every)
@@ -180,7 +195,8 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
     """One update from the trajectories of whole groups."""
     config = learner.config
     tokens = [t.tokens for t in trajectories]
-    full = collate(tokens, with_old_log_probs=True)
+    sampled = config.mode != "offline"
+    full = collate(tokens, with_old_log_probs=sampled)
     result = advantages_of(trajectories, full, config)
     metrics = rollout_metrics(trajectories, result, config.group_size)
     starts = full.cu_seqlens.tolist()
@@ -191,7 +207,7 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
     packs = []
     for pack in best_fit_decreasing([len(tokens[i]) for i in used], config.batch_tokens):
         indices = [used[i] for i in pack]
-        batch = collate([tokens[i] for i in indices], with_old_log_probs=True)
+        batch = collate([tokens[i] for i in indices], with_old_log_probs=sampled)
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
         batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
         packs.append(replace(batch, ref_log_probs=learner.reference_log_probs(batch)))

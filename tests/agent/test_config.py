@@ -24,6 +24,10 @@ def train(**kwargs):
     return TrainConfig(model="m", out="o", **kwargs)
 
 
+def offline(**kwargs):
+    return train(mode="offline", policy="reinforce", **kwargs)
+
+
 CASES = [
     (TaskConfig, {"hops": (0, 1)}, "hops: got (0, 1); expected 1 <= least"),
     (TaskConfig, {"trap_share": -0.1}, "trap_share: got -0.1"),
@@ -55,6 +59,26 @@ CASES = [
     (train, {"max_new_tokens": 0}, "max_new_tokens: got 0"),
     (train, {"beta": -0.1}, "beta: got -0.1"),
     (train, {"save_every": 0}, "save_every: got 0"),
+    (train, {"mode": "online"}, "mode: got 'online'; expected local or offline"),
+    (train, {"policy": "nll"}, "policy: got 'nll'; expected clip, cispo, sapo or reinforce"),
+    (train, {"kl_estimator": "k4"}, "kl_estimator: got 'k4'; expected k1, k2, k3 or k1-constant"),
+    (
+        train,
+        {"kl_estimator": "k1-constant"},
+        "policy: got 'clip'; expected reinforce with kl_estimator k1-constant",
+    ),
+    (train, {"mode": "offline"}, "policy: got 'clip'; expected reinforce with mode offline"),
+    (offline, {"reflect": False}, "reflect: got False; expected true with mode offline"),
+    (
+        offline,
+        {"group_size": 4},
+        "group_size: got 4; expected the number of candidates, 5, with mode offline",
+    ),
+    (
+        offline,
+        {"candidates": ("one_shot", "none")},
+        "candidates: got ('one_shot', 'none'); expected different ones of one_shot, ",
+    ),
     (EvalConfig, {"model": "m", "count": 0}, "count: got 0"),
     (EvalConfig, {"model": "m", "temperature": -1.0}, "temperature: got -1.0"),
 ]

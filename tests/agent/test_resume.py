@@ -21,17 +21,19 @@ from regrpo.rl import run_rl
 from regrpo.sft import run_sft
 from regrpo.trainer import Run
 
+MODES = {"offline": {"mode": "offline", "policy": "reinforce", "group_size": 5}}
 
-@pytest.fixture(params=["sft", "sft-lora", "rl", "rl-lora"])
+
+@pytest.fixture(params=["sft", "sft-lora", "rl", "rl-lora", "rl-offline"])
 def training(request, base, environment):
     """`(run, config)`: starts, or resumes, a run in a folder."""
-    kind, _, lora = request.param.partition("-")
-    settings = LoraSettings(rank=2 if lora else 0)
+    kind, _, variant = request.param.partition("-")
+    settings = LoraSettings(rank=2 if variant == "lora" else 0)
     if kind == "sft":
         return run_sft, lambda out: sft_config(base, out, lora=settings)
     return (
         lambda config: run_rl(config, environment),
-        lambda out: rl_config(base, out, lora=settings),
+        lambda out: rl_config(base, out, lora=settings, **MODES.get(variant, {})),
     )
 
 
