@@ -36,6 +36,13 @@ WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 6), (1, 6)
 RL_FAMILIES = (*SERIAL_FAMILIES * 2, "layout", "label", "lookup", "label", "sum", "sum")
 # A reflection of the small tokenizer has a fifth of the tokens that it has elsewhere.
 COST = RewardConfig(tokens_per_cost=20.0)
+OFFICIAL_CANDIDATES = (
+    "one_shot",
+    "plain_retry",
+    "recovery",
+    "failed_recovery",
+    "bare_recovery",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,21 @@ AGENTS = {
         True,
         start="rot-sft",
         train={"reward": replace(COST, baseline="none")},
+    ),
+    "regrpo-offline": Agent(
+        "Official objective, offline",
+        True,
+        start="rot-sft",
+        train={
+            "mode": "offline",
+            "policy": "reinforce",
+            "kl_estimator": "k1-constant",
+            "beta": 0.04,
+            "loss_agg_mode": "seq-mean-token-sum",
+            "candidates": OFFICIAL_CANDIDATES,
+            "group_size": len(OFFICIAL_CANDIDATES),
+            "states": 77,  # as many trajectories an update as the others
+        },
     ),
     "rot-sft-long": Agent("RoT-SFT, three times as long", True, ("clean", "rot"), sft_share=3),
 }

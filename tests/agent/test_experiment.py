@@ -116,12 +116,10 @@ def test_stages_of_a_seed_share_its_data_and_no_other(tmp_path):
         assert getattr(job.config, "seed", int(seed)) == int(seed) or stage.startswith("eval")
     tasks = [job.config.tasks for job in staged.values() if hasattr(job.config, "tasks")]
     assert len({t.seed for t in tasks}) == 6  # data, RL and held-out tasks of two seeds
-    budgets = {
-        (j.config.steps, j.config.states, j.config.group_size)
-        for j in staged.values()
-        if hasattr(j.config, "group_size")
-    }
-    assert len(budgets) == 1
+    rl = [j.config for j in staged.values() if hasattr(j.config, "group_size")]
+    assert {c.steps for c in rl} == {config.rl_steps}
+    sampled = [c.states * c.group_size for c in rl]
+    assert max(sampled) - min(sampled) <= 1
 
 
 def test_hops_are_those_of_the_trap(environment):
