@@ -430,7 +430,7 @@ class DemoConfig:
     pretrain_steps: int = 400
     data_tasks: int = 8000
     sft_steps: int = 400
-    rl_steps: int = 80
+    rl_steps: int = 60
     eval_tasks: int = 480
 
     def __post_init__(self) -> None:

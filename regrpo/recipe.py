@@ -33,7 +33,7 @@ from regrpo.tasks import SERIAL_FAMILIES
 
 WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 6), (1, 6)
 # Serial repairs by themselves, and inside longer tasks.
-RL_FAMILIES = (*SERIAL_FAMILIES * 2, "layout", "label", "lookup", "label", "sum", "sum")
+RL_FAMILIES = (*SERIAL_FAMILIES * 3, "label", "lookup", "sum")
 # A reflection of the small tokenizer has a fifth of the tokens that it has elsewhere.
 COST = RewardConfig(tokens_per_cost=20.0)
 OFFICIAL_CANDIDATES = (
@@ -93,10 +93,10 @@ AGENTS = {
             "loss_agg_mode": "seq-mean-token-sum",
             "candidates": OFFICIAL_CANDIDATES,
             "group_size": len(OFFICIAL_CANDIDATES),
-            "states": 77,  # as many trajectories an update as the others
+            "states": 64,  # as many trajectories an update as the others
         },
     ),
-    "rot-sft-long": Agent("RoT-SFT, three times as long", True, ("clean", "rot"), sft_share=3),
+    "rot-sft-long": Agent("RoT-SFT, twice as long", True, ("clean", "rot"), sft_share=2),
 }
 
 
@@ -139,10 +139,10 @@ def _rl(config: DemoConfig, name: str, start: str) -> Job:
     settings: dict[str, Any] = {
         "tasks": tasks,
         "reflect": agent.reflect,
-        "states": 48,
+        "states": 40,
         "group_size": 8,
         "forced_share": 0.8,
-        "max_new_tokens": 96,
+        "max_new_tokens": 72,
         "beta": 0.005,
         "optim": OptimConfig(lr=6e-4),
         "steps": config.rl_steps,
