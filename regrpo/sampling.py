@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
-from regrpo.modeling import CausalLM, attention, base_model
+from regrpo.decoding import Continuations
+from regrpo.modeling import CausalLM, base_model
 from regrpo.segments import ChatFormat
 from regrpo_kernels import token_log_probs
+
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -51,47 +54,31 @@ class LocalPolicy:
         )
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer of the KV cache with room ahead: a new token does not copy all that came before."""
+def draw(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One index [R] a row, with the probabilities of softmax(scores [R, V]).
 
-    ROOM = 64
-    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        if self._buffers is None or stop > self._buffers[0].shape[-2]:
-            self._buffers = (
-                self._with_room(key_states, self.keys, start),
-                self._with_room(value_states, self.values, start),
-            )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self._buffers
-        keys[..., start:stop, :] = key_states
-        values[..., start:stop, :] = value_states
-        self.keys, self.values = keys[..., :stop, :], values[..., :stop, :]
-        return self.keys, self.values
-
-    def _with_room(self, new: torch.Tensor, old: torch.Tensor | None, start: int) -> torch.Tensor:
-        length = start + new.shape[-2] + self.ROOM
-        buffer = new.new_empty(*new.shape[:2], length, new.shape[-1])
-        if start and old is not None:
-            buffer[..., :start, :] = old
-        return buffer
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._buffers = None
+    By inverting the distribution function with one uniform number a row: first the block of
+    ``BLOCK`` indices, then the index in it. An exponential race draws a number an index, which
+    costs more than everything else here. Sums are in float64; what has probability 0 is not drawn.
+    """
+    rows, size = scores.shape
+    blocks = F.pad(scores.softmax(-1), (0, -size % BLOCK)).view(rows, -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    uniform = torch.rand(rows, 1, generator=generator, dtype=torch.float64, device=scores.device)
+    block, rest = _invert(sums, uniform * sums[:, -1:])
+    inside = blocks[torch.arange(rows, device=scores.device), block[:, 0]].double().cumsum(-1)
+    index, _ = _invert(inside, rest)
+    return (block * BLOCK + index)[:, 0]
 
 
-def roomy_cache(model: CausalLM) -> DynamicCache:
-    """An empty cache for ``model``; layers that keep a window only stay as they are."""
-    cache = DynamicCache(config=base_model(model).config)
-    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    return cache
+def _invert(sums: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first index [R, 1] whose running sum passes the value, and what the value is above the
+    sum before it."""
+    # Rounding may leave the value at the last sum, which nothing passes.
+    value = value.minimum(sums[:, -1:].nextafter(sums.new_zeros(())))
+    index = torch.searchsorted(sums, value, right=True)
+    before = F.pad(sums, (1, 0)).gather(1, index)
+    return index, value - before
 
 
 @torch.no_grad()
@@ -117,20 +104,18 @@ def sample(
     results: list[Sample | None] = [None] * len(prompts)
     was_training = model.training
     model.eval()
-    with attention(model, "sdpa"):
-        for start in range(0, len(order), max_batch):
-            rows = order[start : start + max_batch]
-            chunk = _decode(
-                model,
-                [prompts[i] for i in rows],
-                stop_id,
-                pad_id,
-                temperature,
-                max_new_tokens,
-                generator,
-            )
-            for i, result in zip(rows, chunk, strict=True):
-                results[i] = result
+    for start in range(0, len(order), max_batch):
+        chosen = order[start : start + max_batch]
+        chunk = _decode(
+            model,
+            [prompts[i] for i in chosen],
+            stop_id,
+            temperature,
+            max_new_tokens,
+            generator,
+        )
+        for i, result in zip(chosen, chunk, strict=True):
+            results[i] = result
     model.train(was_training)
     return [r for r in results if r is not None]
 
@@ -139,42 +124,19 @@ def _decode(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     stop_id: int,
-    pad_id: int,
     temperature: float,
     max_new_tokens: int,
     generator: torch.Generator | None,
 ) -> list[Sample]:
-    device = base_model(model).device
-    # A group's trajectories share their prompt, and often their first turn: prefill it once.
-    distinct = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    longest = max(map(len, distinct))
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in distinct], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = roomy_cache(model)
-
-    def next_logits(ids: torch.Tensor) -> torch.Tensor:
-        return model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-
-    logits = next_logits(ids)
-    rows = torch.tensor([distinct[tuple(p)] for p in prompts], device=device)
-    cache.batch_select_indices(rows)
-    logits, mask, positions = logits[rows], mask[rows], positions[rows]
+    rows = Continuations(model, prompts)
+    device = rows.logits.device
     alive = torch.arange(len(prompts), device=device)
     sampled: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
     for count in range(1, max_new_tokens + 1):
+        logits = rows.logits
         if temperature > 0:
-            # The exponential race: argmax p / E draws from p, with no normalisation and no sync.
-            noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
-            drawn = (logits.float() / temperature - noise.log()).argmax(-1)
+            drawn = draw(logits.float() / temperature, generator)
         else:
             drawn = logits.argmax(-1)
         drawn_log_probs = token_log_probs(logits, drawn, temperature=temperature or 1.0).log_probs
@@ -188,11 +150,9 @@ def _decode(
             break
         if going.sum() <= 0.75 * len(going):  # finished rows leave the batch
             keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            alive, mask, positions, drawn = (x[keep] for x in (alive, mask, positions, drawn))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        logits = next_logits(drawn[:, None])
+            rows.keep(keep)
+            alive, drawn = alive[keep], drawn[keep]
+        rows.append(drawn)
     return [
         Sample(_until(ids, stop_id), values[: len(_until(ids, stop_id))])
         for ids, values in zip(sampled, log_probs, strict=True)
