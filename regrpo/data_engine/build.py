@@ -18,7 +18,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from regrpo import provenance
 from regrpo.config import DataConfig
 from regrpo.data_engine.near_miss import ERROR_SHARES, near_misses
 from regrpo.data_engine.teacher import explain
@@ -29,6 +31,7 @@ from regrpo.tasks import Task
 from regrpo.tool_calls import Reflection, ToolCall, Turn
 from regrpo.tools import Observation, Status
 from regrpo.trajectory import Message, Start
+from regrpo.workspace import file_to_dict
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,18 @@ def _record(demo: Demonstration, failures: Sequence[Failure], told: Failure | No
             "corrected_action": _act(call)["content"],
             "final_answer": task.answer,
         }
+    record[provenance.KEY] = _origin(task, failed=told is not None)
     return record
+
+
+def _origin(task: Task, *, failed: bool) -> dict[str, Any]:
+    """That everything was executed, and on which files, so that anyone can execute it again."""
+    origin: dict[str, Any] = {"provenance": "executed"}
+    if failed:
+        origin["failure"] = "executed"
+    if isinstance(task.workspace, tuple):
+        origin["workspace"] = [file_to_dict(file) for file in task.workspace]
+    return origin
 
 
 def local_starts(
