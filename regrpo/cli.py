@@ -128,7 +128,10 @@ DATA_COMMANDS: tuple[Command, ...] = (
     ("stats", settings.DataStatsConfig, _data_stats, "count what records hold"),
 )
 # Options that take several files: jsonargparse itself reads a list as one JSON argument only.
-FILE_LISTS = {"source": "--source", "files": "files"}
+FILE_LISTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "source": ("--source", {"required": True}),
+    "files": ("files", {}),
+}
 
 
 def _subparsers(parser: ArgumentParser, dest: str, commands: tuple[Command, ...]) -> Any:
@@ -140,7 +143,8 @@ def _subparsers(parser: ArgumentParser, dest: str, commands: tuple[Command, ...]
         )
         several = {f.name for f in fields(config)} & set(FILE_LISTS)
         for option in several:
-            sub.add_argument(FILE_LISTS[option], nargs="+", type=str, help=".json or .jsonl files")
+            flag, more = FILE_LISTS[option]
+            sub.add_argument(flag, nargs="+", type=str, help=".json or .jsonl files", **more)
         sub.add_class_arguments(config, skip=several)
         subcommands.add_subcommand(name, sub, help=summary)
     return subcommands

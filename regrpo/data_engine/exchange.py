@@ -91,7 +91,7 @@ def _before_the_tear(text: str, path: Path, error: Exception) -> Iterator[tuple[
 def _default_origin(record: Record) -> dict[str, Any]:
     """What an import marks a record with: the official release's teacher invents its failures."""
     if record.get("rot_meta") is not None:
-        return {"provenance": "teacher", "failure": "teacher"}
+        return {"provenance": "teacher", "failure": "teacher", "reflection": "teacher"}
     return {"provenance": "recorded"}
 
 
@@ -118,7 +118,7 @@ def to_normal(raw: Any, where: str, origin: str | None = None) -> Record:
     else:
         block = _default_origin(record)
         if origin is not None:
-            block = dict.fromkeys(block, origin)
+            block.update(dict.fromkeys(block.keys() - {"reflection"}, origin))
     if source:
         block["source"] = source
     # In the order of the source; what it lacks comes last.
@@ -152,17 +152,27 @@ def to_official(record: Record, turns: str = "official") -> Record:
     Args:
         turns: ``official`` writes ``role``/``content``; ``source`` restores the turns, and leaves
             out the keys that the import had to add.
+
+    Raises:
+        RecordError: the source's turns are asked for, but the record has gained or lost some.
     """
     block = dict(record.get(provenance.KEY, {}))
     exported = {k: v for k, v in record.items() if k != provenance.KEY}
     if turns == "source":
         source = block.pop("source", {})
         for key in source.get("added", ()):
-            del exported[key]
+            exported.pop(key, None)
         if "turns" in source:
-            contents = [turn["content"] for turn in record["conversations"]]
-            framed = zip(source["turns"], contents, strict=True)
-            exported["conversations"] = [_unframe(frame, content) for frame, content in framed]
+            frames, turns_now = source["turns"], record["conversations"]
+            if len(frames) != len(turns_now):
+                raise RecordError(
+                    f"record {record['id']!r} has {len(turns_now)} turns; expected the "
+                    f"{len(frames)} that were imported"
+                )
+            exported["conversations"] = [
+                _unframe(frame, turn["content"])
+                for frame, turn in zip(frames, turns_now, strict=True)
+            ]
     if provenance.KEY in record and block != _default_origin(record):
         exported[provenance.KEY] = block
     return exported
@@ -255,11 +265,12 @@ def import_corpora(config: DataImportConfig) -> Report:
 def export_corpus(config: DataExportConfig) -> Report:
     """Writes all records to one ``.json`` list or ``.jsonl`` file in the official schema."""
     reading = read_files(config.source)
-    exported = [
-        to_official(record, config.turns)
-        for records in reading.records.values()
-        for record in records
-    ]
+    exported = []
+    for record in (r for records in reading.records.values() for r in records):
+        try:
+            exported.append(to_official(record, config.turns))
+        except RecordError as error:
+            reading.skipped.append(_one_line(error))
     if config.out.endswith(".jsonl"):
         write_records(config.out, exported)
     else:

@@ -1,20 +1,23 @@
 """What the turns of recorded corpora say, where no typed status was kept.
 
-An observation is typed by the words of the harness that ran the code (MAT-Agent's ``Error:`` header)
-and by what Python prints of an exception, at the places where these stand; a word such as "error"
-in an observation means nothing. An assistant turn holds a fenced block of Python statements, not
-always one literal call.
+An observation is typed by the words of the harness that ran the code (MAT-Agent's ``Error:``
+header) and by what Python prints of an exception, at the places where these stand; a word such as
+"error" in an observation means nothing. An assistant turn holds a fenced block of Python
+statements, not always one literal call.
 """
 
 import ast
 import builtins
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from regrpo.tool_calls import ToolCall
 from regrpo.tools import Status
+from regrpo.trajectory import Message
 
 KINDS = ("ok", "empty", "execution", "service", "format")
 
@@ -30,7 +33,9 @@ _SERVICE = re.compile(
 _EXCEPTION = re.compile(r"\A\s*(?:[A-Za-z_][\w.]*)?(?:Error|Exception): \S")
 _TRACEBACK = re.compile(r"^Traceback \(most recent call last\):$", re.MULTILINE)
 _EMPTY = re.compile(r"\s*(?:\[\s*\]|\{\s*\}|\(\s*\)|None|''|\"\")?\s*")
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(?P<code>.*?)\n?[ \t]*```", re.DOTALL)
+_FENCE = re.compile(
+    r"```(?:python|py)?[ \t]*\n(?P<code>.*?)\n?^[ \t]*```", re.DOTALL | re.MULTILINE
+)
 _MARKER = re.compile(r"^[ \t]*\**(?:Thought|Code):\**[ \t]*", re.MULTILINE)
 
 
@@ -71,14 +76,21 @@ def observation(content: str) -> RecordedObservation:
     return RecordedObservation(step, "empty" if _EMPTY.fullmatch(text) else "ok", text)
 
 
-def failed_turns(messages: list[dict[str, str]]) -> list[int]:
+def failed_turns(messages: Sequence[Message]) -> list[int]:
     """Indices of the assistant turns whose observation bears the harness's ``Error:`` header."""
     failed = []
-    for index, (turn, after) in enumerate(zip(messages, messages[1:], strict=False)):
-        header = _HEADER.match(after["content"])
-        if turn["role"] == "assistant" and header and header["mark"] == "Error":
+    for index, _, after in answered(messages):
+        header = _HEADER.match(after)
+        if header and header["mark"] == "Error":
             failed.append(index)
     return failed
+
+
+def answered(messages: Sequence[Message]) -> Iterator[tuple[int, str, str]]:
+    """(index, turn, observation) of the assistant turns that a user turn follows."""
+    for index, (turn, after) in enumerate(pairwise(messages)):
+        if (turn["role"], after["role"]) == ("assistant", "user"):
+            yield index, turn["content"], after["content"]
 
 
 def code_of(content: str) -> str | None:
@@ -162,21 +174,15 @@ def made_names(code: str) -> frozenset[str]:
 
 def subjects(code: str) -> set[str]:
     """What the code works on: texts of four characters or more, and variables of earlier steps."""
-    tree = _parse(code) or ast.Module([], [])
-    own = made_names(code)
-    called = {
-        n.func.id
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    nodes = list(ast.walk(_parse(code) or ast.Module([], [])))
+    texts = {
+        repr(n.value)
+        for n in nodes
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and len(n.value) >= 4
     }
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= 4:
-            found.add(repr(node.value))
-        elif isinstance(node, ast.Name) and node.id not in own | called:
-            if not hasattr(builtins, node.id):
-                found.add(node.id)
-    return found
+    loaded = {n.id for n in nodes if isinstance(n, ast.Name) and not hasattr(builtins, n.id)}
+    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    return texts | (loaded - made_names(code) - called)
 
 
 def sole_call(code: str) -> ToolCall | None:

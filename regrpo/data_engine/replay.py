@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regrpo.data_engine.recorded import code_of, normal_code, observation, sole_call
+from regrpo.data_engine.recorded import answered, code_of, normal_code, observation, sole_call
 from regrpo.environment import Workspace
 from regrpo.records import Record
 from regrpo.tool_calls import ToolCall
@@ -59,11 +59,10 @@ class ReplayEnvironment:
 
 def _answers(record: Record) -> dict[str, Observation]:
     answers: dict[str, Observation] = {}
-    messages = record["conversations"]
-    for turn, after in zip(messages, messages[1:], strict=False):
-        code = code_of(turn["content"])
-        if (turn["role"], after["role"]) == ("assistant", "user") and code is not None:
-            seen = observation(after["content"])
+    for _, turn, after in answered(record["conversations"]):
+        code = code_of(turn)
+        if code is not None:
+            seen = observation(after)
             answers[_key(code, sole_call(code))] = ReplayedObservation(seen.text, seen.status)
     meta = record.get("rot_meta")
     code = code_of(meta["failed_action"]) if meta else None

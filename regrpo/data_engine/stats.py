@@ -8,7 +8,7 @@ from regrpo import provenance
 from regrpo.config import DataStatsConfig
 from regrpo.data_engine.exchange import Report, missing_files, read_files
 from regrpo.data_engine.near_miss import ERROR_SHARES
-from regrpo.data_engine.recorded import code_of, made_names, observation, tool_calls
+from regrpo.data_engine.recorded import answered, code_of, made_names, observation, tool_calls
 from regrpo.records import Record
 from regrpo.tool_calls import reflection_span
 
@@ -66,17 +66,14 @@ def describe(records: Sequence[Record], measures: dict[str, Measure]) -> list[st
     types = Counter(str(r["rot_meta"]["error_type"]) for r in rot)
     origins = Counter(provenance.provenance(r) or "unknown" for r in records)
     failures = Counter(provenance.failure_provenance(r) or "unknown" for r in rot)
+    written = Counter(r.get(provenance.KEY, {}).get("reflection", "grounded") for r in rot)
     ids = Counter(str(r["id"]) for r in records)
-    seen = [
-        observation(m["content"]).text
-        for r in records
-        for before, m in zip(r["conversations"], r["conversations"][1:], strict=False)
-        if (before["role"], m["role"]) == ("assistant", "user")
-    ]
+    seen = [observation(after).text for r in records for *_, after in answered(r["conversations"])]
     lines = [f"{len(records)} records, {len(ids)} ids"]
     lines += _counts("kinds", Counter(map(kind, records)))
     lines += _counts("provenance", origins)
     lines += _counts("provenance of the failures", failures)
+    lines += _counts("reflections by", written)
     if rot:
         lines.append("error types (share, target):")
         for name in [*ERROR_SHARES, *sorted(set(types) - set(ERROR_SHARES))]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from regrpo import provenance
 from regrpo.config import DataVerifyConfig
 from regrpo.data_engine.exchange import Report, read_files
-from regrpo.data_engine.recorded import code_of, normal_code, observation
+from regrpo.data_engine.recorded import answered, code_of, normal_code, observation
 from regrpo.environment import Environment, LocalEnvironment
 from regrpo.records import REFLECTION, Record
 from regrpo.tool_calls import ERROR_TYPES, reflection_span
@@ -200,7 +200,7 @@ def _check_reflection(record: Record) -> list[tuple[str, str]]:
 
 
 def _reflection_turn(messages: Sequence[Message], told: dict[str, str]) -> int | None:
-    """The turn of this triplet; in a conversation with several reflections the others are not it."""
+    """The turn of this triplet; a conversation may hold other reflections before it."""
     for index, message in enumerate(messages):
         span = reflection_span(message["content"]) if message["role"] == "assistant" else None
         block = message["content"][slice(*span)] if span else ""
@@ -250,11 +250,10 @@ def check_evidence(records: Sequence[tuple[str, Record]], max_share: float) -> I
 
 def _requests(record: Record) -> list[tuple[str, str, str | None]]:
     """What to run: (what it is, the turn, the observation expected or None)."""
-    messages = record["conversations"]
-    requests: list[tuple[str, str, str | None]] = []
-    for index, (turn, after) in enumerate(zip(messages, messages[1:], strict=False)):
-        if (turn["role"], after["role"]) == ("assistant", "user"):
-            requests.append((f"turn {index}", turn["content"], observation(after["content"]).text))
+    requests: list[tuple[str, str, str | None]] = [
+        (f"turn {index}", turn, observation(after).text)
+        for index, turn, after in answered(record["conversations"])
+    ]
     meta = record.get("rot_meta")
     if meta is not None and not list(_meta_types(record)):
         requests.append(("failed action", meta["failed_action"], None))
@@ -365,8 +364,8 @@ def verify_files(config: DataVerifyConfig) -> Report:
     lines = [
         *unread,
         *map(str, problems),
-        f"{len(records)} records in {len(reading.records)} files; {ran} of {len(executed)} executed "
-        "ones executed again",
+        f"{len(records)} records in {len(reading.records)} files; "
+        f"{ran} of {len(executed)} executed ones were executed again",
         *(f"  {count} {check}" for check, count in sorted(checks.items())),
     ]
     total = checks.total()
