@@ -13,6 +13,7 @@ A near-miss is kept only if executing it fails, executing the correction succeed
 observation tells how to get from one to the other.
 """
 
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -210,7 +211,8 @@ def _origin(task: Task, *, failed: bool) -> dict[str, Any]:
     if failed:
         origin["failure"] = "executed"
     if isinstance(task.workspace, tuple):
-        origin["workspace"] = [file_to_dict(file) for file in task.workspace]
+        files = [file_to_dict(file) for file in task.workspace]
+        origin["workspace"] = json.loads(json.dumps(files))  # lists, as they are read back
     return origin
 
 

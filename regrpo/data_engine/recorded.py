@@ -19,8 +19,6 @@ from regrpo.tool_calls import ToolCall
 from regrpo.tools import Status
 from regrpo.trajectory import Message
 
-KINDS = ("ok", "empty", "execution", "service", "format")
-
 _HEADER = re.compile(
     r"\[OUTPUT OF STEP (?P<step>\d+)\](?: ->)? (?P<mark>Observation|Error):[ \t]*\n?"
 )
@@ -41,10 +39,10 @@ _MARKER = re.compile(r"^[ \t]*\**(?:Thought|Code):\**[ \t]*", re.MULTILINE)
 
 @dataclass(frozen=True)
 class RecordedObservation:
-    """An observation turn: its step, how it ended (one of ``KINDS``), its text without the frame.
+    """An observation turn: its step, how it ended (its kind), its text without the frame.
 
-    Kinds: ``execution``, the code raised; ``service``, a remote service refused or timed out;
-    ``format``, the harness found no code in the turn.
+    Kinds: ``ok``; ``empty``; ``execution``, the code raised; ``service``, a remote service refused
+    or timed out; ``format``, the harness found no code in the turn.
     """
 
     step: int | None
