@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -20,6 +21,42 @@ def _data_build(config: settings.DataConfig) -> None:
 
     with LocalEnvironment() as environment:
         print(write_corpora(config, environment))
+
+
+def _report(report: Any) -> None:
+    print("\n".join(report.lines))
+    if report.problem is not None:
+        raise RunError(report.problem)
+
+
+def _data_import(config: settings.DataImportConfig) -> None:
+    from regrpo.data_engine.exchange import import_corpora
+
+    _report(import_corpora(config))
+
+
+def _data_export(config: settings.DataExportConfig) -> None:
+    from regrpo.data_engine.exchange import export_corpus
+
+    _report(export_corpus(config))
+
+
+def _data_mine(config: settings.DataMineConfig) -> None:
+    from regrpo.data_engine.mining import mine_corpora
+
+    _report(mine_corpora(config))
+
+
+def _data_verify(config: settings.DataVerifyConfig) -> None:
+    from regrpo.data_engine.verify import verify_files
+
+    _report(verify_files(config))
+
+
+def _data_stats(config: settings.DataStatsConfig) -> None:
+    from regrpo.data_engine.stats import corpus_stats
+
+    _report(corpus_stats(config))
 
 
 def _pretrain(config: settings.PretrainConfig) -> None:
@@ -96,7 +133,17 @@ COMMANDS: tuple[Command, ...] = (
 )
 DATA_COMMANDS: tuple[Command, ...] = (
     ("build", settings.DataConfig, _data_build, "execute near-misses and write records"),
+    ("import", settings.DataImportConfig, _data_import, "bring records of others into our form"),
+    ("export", settings.DataExportConfig, _data_export, "write records in the official schema"),
+    ("mine", settings.DataMineConfig, _data_mine, "find natural recoveries in trajectories"),
+    ("verify", settings.DataVerifyConfig, _data_verify, "check records, one line a problem"),
+    ("stats", settings.DataStatsConfig, _data_stats, "count what records hold"),
 )
+# Options that take several files: jsonargparse itself reads a list as one JSON argument only.
+FILE_LISTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "source": ("--source", {"required": True}),
+    "files": ("files", {}),
+}
 
 
 def _subparsers(parser: ArgumentParser, dest: str, commands: tuple[Command, ...]) -> Any:
@@ -106,7 +153,11 @@ def _subparsers(parser: ArgumentParser, dest: str, commands: tuple[Command, ...]
         sub.add_argument(
             "--config", action=ActionConfigFile, help="YAML file with any of the options below"
         )
-        sub.add_class_arguments(config)
+        several = {f.name for f in fields(config)} & set(FILE_LISTS)
+        for option in several:
+            flag, more = FILE_LISTS[option]
+            sub.add_argument(flag, nargs="+", type=str, help=".json or .jsonl files", **more)
+        sub.add_class_arguments(config, skip=several)
         subcommands.add_subcommand(name, sub, help=summary)
     return subcommands
 

@@ -5,6 +5,7 @@ An unknown key, a wrong type or a value out of range is an error that names it.
 
 from dataclasses import dataclass, field
 
+from regrpo.provenance import PROVENANCES
 from regrpo.tasks import FAMILIES, Task, generate_tasks
 
 # Of an offline group; see regrpo.data_engine.contrast.
@@ -80,6 +81,104 @@ class DataConfig:
         _require(self.count > 0, "count", self.count, "1 or more")
         _require(0 <= self.near_miss_share <= 1, "near_miss_share", self.near_miss_share, "a share")
         _require(0 <= self.long_share <= 1, "long_share", self.long_share, "a share")
+
+
+@dataclass(frozen=True)
+class DataImportConfig:
+    """Records of others in our form: OUT/NAME.jsonl for every file, and OUT/import_report.json.
+
+    Args:
+        source: .json or .jsonl files with role/content or from/value turns.
+        out: folder of the records.
+        provenance: origin of records that do not say: executed, recorded or teacher; by default
+            teacher for records with rot_meta (the official release invents its failures) and
+            recorded for others.
+    """
+
+    source: list[str]
+    out: str
+    provenance: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(len(self.source) > 0, "source", self.source, "at least one file")
+        _require(
+            self.provenance in (None, *PROVENANCES),
+            "provenance",
+            self.provenance,
+            f"one of {', '.join(PROVENANCES)}, or null",
+        )
+
+
+@dataclass(frozen=True)
+class DataExportConfig:
+    """Records in the official schema.
+
+    Args:
+        source: .json or .jsonl files.
+        out: .json (a list) or .jsonl file.
+        turns: "official" writes role/content; "source" restores the turns of imported records.
+    """
+
+    source: list[str]
+    out: str
+    turns: str = "official"
+
+    def __post_init__(self) -> None:
+        _require(len(self.source) > 0, "source", self.source, "at least one file")
+        _require(self.out.endswith((".json", ".jsonl")), "out", self.out, ".json or .jsonl")
+        _require(self.turns in ("official", "source"), "turns", self.turns, "official or source")
+
+
+@dataclass(frozen=True)
+class DataMineConfig:
+    """Natural recoveries in trajectories: OUT/mined.jsonl, pending.jsonl and mine_report.json.
+
+    Args:
+        source: .json or .jsonl files with trajectories.
+        out: folder of the records.
+    """
+
+    source: list[str]
+    out: str
+
+    def __post_init__(self) -> None:
+        _require(len(self.source) > 0, "source", self.source, "at least one file")
+
+
+@dataclass(frozen=True)
+class DataVerifyConfig:
+    """One line a problem; fails if there is any. Verify together what is trained on together.
+
+    Args:
+        files: .json or .jsonl records.
+        max_share: evidence is rare if at most this share of the other observations (or one of
+            them) holds what it cites.
+        execute: execute the calls of records that say on which files they ran.
+    """
+
+    files: list[str]
+    max_share: float = 0.05
+    execute: bool = True
+
+    def __post_init__(self) -> None:
+        _require(len(self.files) > 0, "files", self.files, "at least one file")
+        _require(0 <= self.max_share < 1, "max_share", self.max_share, "a share below 1")
+
+
+@dataclass(frozen=True)
+class DataStatsConfig:
+    """Counts and lengths.
+
+    Args:
+        files: .json or .jsonl records.
+        tokenizer: Hugging Face name or path; counts tokens as well.
+    """
+
+    files: list[str]
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(len(self.files) > 0, "files", self.files, "at least one file")
 
 
 @dataclass(frozen=True)
@@ -173,13 +272,22 @@ class SourceConfig:
         mask: which turns are trained: "clean", every assistant turn; "rot", the reflection turn
             only; "repair", every assistant turn but the failed ones.
         reflections: "keep", or "strip" for failure-then-retry without reflection.
+        provenance: origins that are trained on: executed, recorded, teacher; None is all.
     """
 
     path: str
     mask: str = "clean"
     reflections: str = "keep"
+    provenance: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            self.provenance is None
+            or (self.provenance != () and set(self.provenance) <= set(PROVENANCES)),
+            "provenance",
+            self.provenance,
+            f"some of {', '.join(PROVENANCES)}, or null",
+        )
         _require(self.mask in ("clean", "rot", "repair"), "mask", self.mask, "clean, rot or repair")
         _require(
             self.reflections in ("keep", "strip"), "reflections", self.reflections, "keep or strip"

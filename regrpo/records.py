@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from regrpo import provenance
+
 Record = dict[str, Any]
 
 ROLES = {
@@ -68,6 +70,9 @@ def normalize(raw: Any, where: str) -> Record:
     if meta is not None:
         _require_keys(meta, ROT_META, f"{where}: rot_meta")
         _require_keys(meta["reflection"], REFLECTION, f"{where}: rot_meta.reflection")
+    wrong = provenance.problem(record[provenance.KEY]) if provenance.KEY in record else None
+    if wrong is not None:
+        raise RecordError(f"{where}: {wrong}")
     return record
 
 

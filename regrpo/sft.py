@@ -13,9 +13,11 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.config import SFTConfig, SourceConfig
+from regrpo.data_engine.recorded import failed_turns
 from regrpo.losses import policy_loss
 from regrpo.modeling import head, hidden_states, load_model, load_tokenizer
 from regrpo.packing import collate
+from regrpo.provenance import provenance
 from regrpo.records import Record, read_records
 from regrpo.segments import TokenizedTrajectory, tokenize_conversation
 from regrpo.tool_calls import reflection_span
@@ -44,8 +46,9 @@ def trained_turns(record: Record, mask: str) -> list[int]:
     reflections = reflection_turns(messages)
     if mask == "rot":
         return reflections
-    # The assistant turn before a reflection is the one that failed.
+    # The assistant turn before a reflection is the one that failed; so is what a harness refused.
     failed = {max((i for i in assistant if i < r), default=-1) for r in reflections}
+    failed.update(failed_turns(messages))
     return [i for i in assistant if i not in failed]
 
 
@@ -67,6 +70,10 @@ def load_trajectories(
     skipped: Counter[str] = Counter()
     for source in sources:
         for record in read_records(source.path):
+            origin = provenance(record)
+            if source.provenance is not None and origin not in source.provenance:
+                skipped[f"provenance {origin or 'unknown'}"] += 1
+                continue
             turns = trained_turns(record, source.mask)
             messages = record["conversations"]
             if source.reflections == "strip":

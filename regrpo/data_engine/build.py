@@ -13,12 +13,15 @@ A near-miss is kept only if executing it fails, executing the correction succeed
 observation tells how to get from one to the other.
 """
 
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from regrpo import provenance
 from regrpo.config import DataConfig
 from regrpo.data_engine.near_miss import ERROR_SHARES, near_misses
 from regrpo.data_engine.teacher import explain, long_winded
@@ -29,6 +32,7 @@ from regrpo.tasks import Task
 from regrpo.tool_calls import Reflection, ToolCall, Turn
 from regrpo.tools import Observation, Status
 from regrpo.trajectory import Message, Start
+from regrpo.workspace import file_to_dict
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,19 @@ def _record(demo: Demonstration, failures: Sequence[Failure], told: Failure | No
             "corrected_action": _act(call)["content"],
             "final_answer": task.answer,
         }
+    record[provenance.KEY] = _origin(task, failed=told is not None)
     return record
+
+
+def _origin(task: Task, *, failed: bool) -> dict[str, Any]:
+    """That everything was executed, and on which files, so that anyone can execute it again."""
+    origin: dict[str, Any] = {"provenance": "executed"}
+    if failed:
+        origin["failure"] = "executed"
+    if isinstance(task.workspace, tuple):
+        files = [file_to_dict(file) for file in task.workspace]
+        origin["workspace"] = json.loads(json.dumps(files))  # lists, as they are read back
+    return origin
 
 
 def local_starts(

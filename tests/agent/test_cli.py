@@ -90,7 +90,20 @@ def test_no_bars_of_transformers(chain, tmp_path, capfd):
     assert "shards" not in capfd.readouterr().err
 
 
-COMMANDS = ["", "data", "data build", "pretrain", "sft", "train", "eval", "run", "demo"]
+COMMANDS = [
+    "",
+    "data",
+    "data build",
+    "data import",
+    "data export",
+    "data mine",
+    "pretrain",
+    "sft",
+    "train",
+    "eval",
+    "run",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
