@@ -240,6 +240,40 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class TriggerConfig:
+    """When a reflection opens, at most once a step: always after a typed failure.
+
+    Args:
+        confidence_margin: also after a call that worked but that the policy was less sure of than
+            of the earlier steps' first calls: u < mean(earlier u) - confidence_margin, where u is
+            the geometric mean of its tokens' probabilities; 0 is the paper's rule, null never.
+    """
+
+    confidence_margin: float | None = None
+
+    def __post_init__(self) -> None:
+        margin = self.confidence_margin
+        _require(
+            margin is None or 0 <= margin < 1,
+            "trigger.confidence_margin",
+            margin,
+            "0 or more and below 1, or null",
+        )
+
+    def require_reflect(self, reflect: bool) -> None:
+        """Raises ValueError for the confidence clause without reflections.
+
+        A retry after a call that worked would be told nothing of why.
+        """
+        _require(
+            reflect or self.confidence_margin is None,
+            "trigger.confidence_margin",
+            self.confidence_margin,
+            "null where reflect is false",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """On-policy ReGRPO on local trajectories.
 
@@ -248,6 +282,7 @@ class TrainConfig:
         out: folder of the run.
         tasks: where states come from.
         reflect: open a reflection block after a typed failure; False is GRPO with plain retries.
+        trigger: what else opens one.
         steps: updates.
         states: states an update.
         group_size: trajectories a state (K).
@@ -274,6 +309,7 @@ class TrainConfig:
     out: str
     tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(2, 6)))
     reflect: bool = True
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
     steps: int = 100
     states: int = 24
     group_size: int = 5
@@ -304,6 +340,7 @@ class TrainConfig:
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
         _require(self.beta >= 0, "beta", self.beta, "0 or more")
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+        self.trigger.require_reflect(self.reflect)
 
 
 @dataclass(frozen=True)
@@ -316,6 +353,7 @@ class EvalConfig:
         count: tasks.
         tasks: which tasks; use a seed that no training used.
         reflect: open a reflection block after a typed failure.
+        trigger: what else opens one.
         temperature: 0 is greedy.
         max_new_tokens: limit of one turn.
         seed: sampling and choice of near-misses.
@@ -326,6 +364,7 @@ class EvalConfig:
     count: int = 480
     tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 6)))
     reflect: bool = True
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
     temperature: float = 0.0
     max_new_tokens: int = 128
     seed: int = 0
@@ -334,6 +373,7 @@ class EvalConfig:
         _require(self.count > 0, "count", self.count, "1 or more")
         _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
+        self.trigger.require_reflect(self.reflect)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What the agent is told, in the layout of the official records."""
 
+import re
+
 from regrpo.tools import TOOLS, signature_text
 from regrpo.trajectory import Message
 
@@ -23,6 +25,14 @@ def opening(question: str) -> list[Message]:
 def observation_turn(step: int, observation: str) -> str:
     """The user turn that carries an observation; a failed and a corrected call share their step."""
     return f"[OUTPUT OF STEP {step}] -> Observation:\n{observation}"
+
+
+def step_of(content: str) -> int:
+    """The step of an ``observation_turn``. Raises ValueError for any other text."""
+    found = re.match(r"\[OUTPUT OF STEP (\d+)\] -> Observation:\n", content)
+    if found is None:
+        raise ValueError(f"got {content!r:.60}; expected the observation of a step")
+    return int(found[1])
 
 
 def thought(tool: str) -> str:

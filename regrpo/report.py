@@ -28,6 +28,8 @@ def transcript(trajectory: Trajectory) -> Record:
                 "status": turn.observation.status.value,
                 "correction": turn.correction,
                 "reflection_tokens": turn.reflection_tokens,
+                "confidence": turn.confidence,
+                "fired": turn.fired.value if turn.fired else None,
             }
             for turn in trajectory.turns
         ],

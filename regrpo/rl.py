@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from rich.progress import Progress
 
+from regrpo.confidence import with_confidences
 from regrpo.config import TrainConfig
 from regrpo.data_engine.build import demonstrate, local_starts
 from regrpo.environment import Environment
@@ -162,8 +163,23 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
             began = time.perf_counter()
             policy.generator.manual_seed(1_000_003 * config.seed + training.step)
             starts = sample_starts(config, environment, training.step)
+            if config.trigger.confidence_margin is not None:
+                starts = with_confidences(
+                    model,
+                    tokenizer,
+                    starts,
+                    temperature=config.temperature,
+                    batch_tokens=config.batch_tokens,
+                )
             groups = [start for start in starts for _ in range(config.group_size)]
-            trajectories = run(policy, environment, groups, reflect=config.reflect, whole=False)
+            trajectories = run(
+                policy,
+                environment,
+                groups,
+                reflect=config.reflect,
+                whole=False,
+                trigger=config.trigger,
+            )
             metrics = update(training, learner, trajectories)
             metrics["time/step_s"] = time.perf_counter() - began
             training.log(metrics)

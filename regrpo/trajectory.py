@@ -17,6 +17,8 @@ class Start:
         expected: the observation of the reference call at ``step`` (local trajectories).
         failed: the conversation ends in a forced failure, so the next turn is the correction.
         error_type: of that failure.
+        confidences: the policy's in the first calls of the steps before (`regrpo.trigger`); without
+            them only failures fire the trigger here.
     """
 
     task: Task
@@ -25,3 +27,4 @@ class Start:
     expected: str = ""
     failed: bool = False
     error_type: str | None = None
+    confidences: tuple[float, ...] = ()
