@@ -385,14 +385,37 @@ class RunConfig:
         model: Hugging Face name or path.
         workspace: folder with the files; tools only read it.
         reflect: open a reflection block after a typed failure.
+        trigger: what else opens one.
+        temperature: 0 is greedy.
+        max_new_tokens: limit of one turn.
         max_steps: tool calls, corrections not counted.
+        timeout_s: limit of one tool call, in seconds.
+        device: cpu, cuda or cuda:0, ...; null for the GPU where there is one.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        seed: sampling.
     """
 
     task: str
     model: str = "runs/demo/regrpo/model"
     workspace: str = "runs/demo/workspace"
     reflect: bool = True
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    temperature: float = 0.0
+    max_new_tokens: int = 512
     max_steps: int = 6
+    timeout_s: float = 2.0
+    device: str | None = None
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(self.max_steps > 0, "max_steps", self.max_steps, "1 or more")
+        _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a positive number")
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        _require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
+        self.trigger.require_reflect(self.reflect)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What the agent is told, in the layout of the official records."""
 
 import re
+from collections.abc import Sequence
 
 from regrpo.tools import TOOLS, signature_text
+from regrpo.tools.custom import CustomTool
 from regrpo.trajectory import Message
 
 REFLECTION_OPENER = "Reflection:\n- ErrorType:"
@@ -14,10 +16,11 @@ SYSTEM_PROMPT = (
 )
 
 
-def opening(question: str) -> list[Message]:
-    """The turns that open a task."""
+def opening(question: str, tools: Sequence[CustomTool] = ()) -> list[Message]:
+    """The turns that open a task; ``tools`` are those beside the built-in ones."""
+    system = "\n".join([SYSTEM_PROMPT, *(tool.describe() for tool in tools)])
     return [
-        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "system", "content": system},
         {"role": "user", "content": f"Task: {question}"},
     ]
 

@@ -5,7 +5,7 @@ A *local trajectory* is one step from a given state: ``a0 -> o0``, and if the tr
 by turn: one batched generation, one batched execution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from regrpo.segments import ChatFormat, TokenizedTrajectory
 from regrpo.tasks import Task
 from regrpo.tool_calls import ToolCallError, parse_turn
 from regrpo.tools import Observation, Status
-from regrpo.trajectory import Start
+from regrpo.trajectory import End, Start
 from regrpo.trigger import Clause, confidence, fired
 from regrpo_kernels import Segment
 
@@ -68,6 +68,7 @@ class Trajectory:
     done: bool = False
     success: bool = False
     answer: str | None = None
+    end: End | None = None
 
     @property
     def reflection_tokens(self) -> int:
@@ -92,6 +93,8 @@ def run(
     whole: bool,
     max_steps: int = 6,
     trigger: TriggerConfig | None = None,
+    max_length: int | None = None,
+    on_turn: Callable[[Trajectory], object] | None = None,
 ) -> list[Trajectory]:
     """Runs one trajectory from every start.
 
@@ -102,6 +105,8 @@ def run(
             goes on with what that call observed.
         trigger: what fires it, beside a typed failure (``Status.ERROR`` or ``EMPTY``); None for
             nothing else.
+        max_length: tokens of a context, at most; one without room for a token more ends.
+        on_turn: called after every turn, which is the trajectory's last.
 
     Success is judged by execution: an episode's final answer is the task's; a local trajectory's
     last observation is that of the reference call.
@@ -122,6 +127,11 @@ def run(
             if t.failed:
                 # The opener is written by the trigger, not by the policy: it is not trained.
                 t.tokens.extend(opener, Segment.CONTEXT)
+            if max_length is not None and len(t.tokens) >= max_length:
+                t.done, t.end = True, End.CONTEXT
+        active = [t for t in active if not t.done]
+        if not active:
+            break
         generated = policy.generate([t.tokens.input_ids for t in active])
         texts = []
         for t, turn in zip(active, generated, strict=True):
@@ -149,6 +159,8 @@ def run(
                 TurnRecord(t.step, text, observation, t.failed, count, certainty, clause)
             )
             _advance(t, text, observation, whole, max_steps)
+            if on_turn is not None:
+                on_turn(t)
             if not t.done:
                 if t.tokens.input_ids[-1] != policy.chat.end_id:  # the turn ran into its limit
                     t.tokens.extend([policy.chat.end_id], Segment.CONTEXT)
@@ -169,12 +181,12 @@ def _advance(
     works = observation.status is Status.OK
     doubted = len(t.turns) > 1 and t.turns[-2].fired is Clause.CONFIDENCE
     if not works and not (doubted and whole):  # a correction that fails
-        t.done = True
+        t.done, t.end = True, End.FAILURE
         return
     t.failed = False
     final = works and _is_final(text)
     if final or not whole:
-        t.done = True
+        t.done, t.end = True, End.ANSWER if final else End.STEP
         t.answer = observation.text if final else None
         expected = task.answer if final else t.start.expected
         # A premature final answer is no success of a step that should have called a tool.
@@ -182,7 +194,8 @@ def _advance(
         t.success = same_answer(observation.text, expected) and final == step_is_final
         return
     t.step += 1
-    t.done = t.step >= max_steps
+    if t.step >= max_steps:
+        t.done, t.end = True, End.MAX_STEPS
 
 
 def _is_final(text: str) -> bool:

@@ -1,10 +1,21 @@
 """Where trajectories start. Pure Python: the data engine builds these without torch."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from regrpo.tasks import Task
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+
+
+class End(str, Enum):
+    """Why a trajectory ended; the values complete "it ended because ..."."""
+
+    ANSWER = "it gave an answer"
+    STEP = "its one step was done"
+    FAILURE = "the correction of a failed call did not work either"
+    MAX_STEPS = "it had used up its steps"
+    CONTEXT = "its context was full"
 
 
 @dataclass(frozen=True)
