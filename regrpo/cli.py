@@ -94,14 +94,22 @@ def _eval(config: settings.EvalConfig) -> None:
 
 
 def _run(config: settings.RunConfig) -> None:
-    from regrpo.agent import ReGRPOAgent
-    from regrpo.report import print_transcript
+    from rich.console import Console
+    from rich.text import Text
 
-    agent = ReGRPOAgent(config.model, reflect=config.reflect, max_steps=config.max_steps)
-    trajectory = agent.run(config.task, config.workspace)
-    print_transcript(trajectory)
+    from regrpo.agent import ReGRPOAgent, existing_folder
+    from regrpo.report import print_turn
+
+    options = dict(vars(config))
+    task, workspace = options.pop("task"), existing_folder(options.pop("workspace"))
+    agent = ReGRPOAgent(**options)
+    console = Console()
+    console.print(Text(f"Task: {task}", style="bold"))
+    trajectory = agent.run(task, workspace, on_turn=lambda turn: print_turn(turn, console))
+    console.print(Text(f"Answer: {trajectory.answer}", style="bold"))
     if trajectory.answer is None:
-        raise SystemExit("the agent came to no answer")
+        assert trajectory.end is not None
+        raise SystemExit(f"the agent came to no answer: {trajectory.end.value}")
 
 
 def _demo(config: settings.DemoConfig) -> None:

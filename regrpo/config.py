@@ -366,6 +366,40 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class TriggerConfig:
+    """When a reflection opens, at most once a step: always after a typed failure.
+
+    Args:
+        confidence_margin: also after a call that worked but that the policy was less sure of than
+            of the earlier steps' first calls: u < mean(earlier u) - confidence_margin, where u is
+            the geometric mean of its tokens' probabilities; 0 is the paper's rule, null never.
+    """
+
+    confidence_margin: float | None = None
+
+    def __post_init__(self) -> None:
+        margin = self.confidence_margin
+        _require(
+            margin is None or 0 <= margin < 1,
+            "trigger.confidence_margin",
+            margin,
+            "0 or more and below 1, or null",
+        )
+
+    def require_reflect(self, reflect: bool) -> None:
+        """Raises ValueError for the confidence clause without reflections.
+
+        A retry after a call that worked would be told nothing of why.
+        """
+        _require(
+            reflect or self.confidence_margin is None,
+            "trigger.confidence_margin",
+            self.confidence_margin,
+            "null where reflect is false",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """ReGRPO: on-policy on local trajectories or episodes, or offline on fixed candidates.
 
@@ -376,6 +410,7 @@ class TrainConfig:
             executed candidates of a state and nothing sampled.
         tasks: where states come from.
         reflect: open a reflection block after a typed failure; False is GRPO with plain retries.
+        trigger: what else opens one.
         steps: updates.
         states: states an update.
         group_size: trajectories a state (K).
@@ -412,6 +447,7 @@ class TrainConfig:
     mode: str = "local"
     tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(2, 6)))
     reflect: bool = True
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
     steps: int = 100
     states: int = 24
     group_size: int = 5
@@ -444,6 +480,7 @@ class TrainConfig:
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
         _require(self.beta >= 0, "beta", self.beta, "0 or more")
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+        self.trigger.require_reflect(self.reflect)
         self._require_fitting_mode()
 
     def _require_fitting_mode(self) -> None:
@@ -480,6 +517,7 @@ class EvalConfig:
         count: tasks.
         tasks: which tasks; use a seed that no training used.
         reflect: open a reflection block after a typed failure.
+        trigger: what else opens one.
         temperature: 0 is greedy.
         max_new_tokens: limit of one turn.
         seed: sampling and choice of near-misses.
@@ -490,6 +528,7 @@ class EvalConfig:
     count: int = 480
     tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 6)))
     reflect: bool = True
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
     temperature: float = 0.0
     max_new_tokens: int = 128
     seed: int = 0
@@ -498,6 +537,7 @@ class EvalConfig:
         _require(self.count > 0, "count", self.count, "1 or more")
         _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
+        self.trigger.require_reflect(self.reflect)
 
 
 @dataclass(frozen=True)
@@ -509,14 +549,37 @@ class RunConfig:
         model: Hugging Face name or path.
         workspace: folder with the files; tools only read it.
         reflect: open a reflection block after a typed failure.
+        trigger: what else opens one.
+        temperature: 0 is greedy.
+        max_new_tokens: limit of one turn.
         max_steps: tool calls, corrections not counted.
+        timeout_s: limit of one tool call, in seconds.
+        device: cpu, cuda or cuda:0, ...; null for the GPU where there is one.
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        seed: sampling.
     """
 
     task: str
     model: str = "runs/demo/regrpo/model"
     workspace: str = "runs/demo/workspace"
     reflect: bool = True
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    temperature: float = 0.0
+    max_new_tokens: int = 512
     max_steps: int = 6
+    timeout_s: float = 2.0
+    device: str | None = None
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(self.max_steps > 0, "max_steps", self.max_steps, "1 or more")
+        _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a positive number")
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        _require(self.dtype in dtypes, "dtype", self.dtype, ", ".join(dtypes))
+        self.trigger.require_reflect(self.reflect)
 
 
 @dataclass(frozen=True)

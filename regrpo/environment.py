@@ -10,8 +10,11 @@ from types import TracebackType
 from typing import Protocol
 
 from regrpo.sandbox import Sandbox
+from regrpo.sandbox_worker import shown
 from regrpo.tool_calls import ToolCall, ToolCallError, parse_turn
+from regrpo.tools import TOOLS, no_such_tool
 from regrpo.tools.cache import LRU
+from regrpo.tools.custom import CustomTool
 from regrpo.tools.observation import Observation, failure
 from regrpo.workspace import WorkspaceFile, build_workspace
 
@@ -34,7 +37,8 @@ class LocalEnvironment:
     """Builds workspaces in a temporary folder and runs calls in a `Sandbox`; a context manager.
 
     Tools only read, so one folder serves every trajectory of a task. The `max_workspaces` used
-    last are kept; all are removed on exit.
+    last are kept; all are removed on exit. `tools` are further tools of the sandbox; `local_tools`
+    run in this process, without its limits.
     """
 
     def __init__(
@@ -44,10 +48,19 @@ class LocalEnvironment:
         memory_mb: int = 1024,
         max_output_chars: int = 4000,
         max_workspaces: int = 4096,
+        tools: Sequence[CustomTool] = (),
+        local_tools: Sequence[CustomTool] = (),
     ) -> None:
         self._sandbox = Sandbox(
-            timeout_s=timeout_s, memory_mb=memory_mb, max_output_chars=max_output_chars
+            timeout_s=timeout_s,
+            memory_mb=memory_mb,
+            max_output_chars=max_output_chars,
+            tools=tools,
         )
+        self._local = {tool.name: tool for tool in local_tools}
+        self._custom = (*tools, *local_tools)
+        self._known = {tool.__name__ for tool in TOOLS} | {tool.name for tool in self._custom}
+        self._max_output_chars = max_output_chars
         # Keyed by content: two tasks with the same files share a folder.
         self._workspaces: LRU[tuple[WorkspaceFile, ...], Path] = LRU(
             max_workspaces, on_evict=shutil.rmtree
@@ -82,8 +95,16 @@ class LocalEnvironment:
                 call = parse_turn(text).call
             except ToolCallError as error:
                 observations[index] = failure(SyntaxError(str(error)))
+                continue
+            path = self._path(files)
+            if call.name not in self._known:
+                observations[index] = no_such_tool(call, self._custom)
+            elif call.name in self._local:
+                given = self._local[call.name].run(path, call)
+                text = shown(given.text, self._max_output_chars)
+                observations[index] = Observation(text, given.status)
             else:
-                calls.append((self._path(files), call))
+                calls.append((path, call))
         executed = iter(self._sandbox.run(calls))
         self._workspaces.trim()  # only now: a batch may need more folders than are kept
         return [observations.get(index) or next(executed) for index in range(len(requests))]

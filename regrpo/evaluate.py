@@ -5,10 +5,11 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from regrpo.config import EvalConfig
+from regrpo.config import EvalConfig, TriggerConfig
 from regrpo.data_engine.build import Demonstration, demonstrate, local_starts
 from regrpo.environment import Environment
 from regrpo.modeling import load_model, load_tokenizer
@@ -17,7 +18,7 @@ from regrpo.report import transcript
 from regrpo.rollout import Policy, Trajectory, TurnRecord, run, same_answer, task_start
 from regrpo.sampling import LocalPolicy
 from regrpo.tasks import FAMILIES, SERIAL_FAMILIES
-from regrpo.tools import Status
+from regrpo.trigger import Clause
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Report:
 
     Attributes:
         success: the final answer is right.
-        first_try: right, without a failed call on the way.
+        first_try: right, without a correction on the way.
         recovery_own: of the steps whose call failed, those where the correction observed what the
             reference call of that step observes (of the last step: the answer).
         recovery_forced: the same after an executed near-miss, from states of the reference
@@ -90,8 +91,16 @@ class Report:
         unneeded: turns that hold a reflection though nothing had failed, of all turns behind no
             failure.
         error_type: of the reflections after forced near-misses, those that name the error type.
-        reflection_tokens: mean length of a reflection after a failure; 0 without any.
+        reflection_tokens: mean length of a correction's reflection; 0 without any.
         success_serial: success on the families whose repair takes several looks.
+        false_fire_failure: of the steps whose first call observed what the reference call of that
+            step observes, those on which the failure clause fired; `final_answer` is no such step.
+        miss_failure: of the steps whose first call observed something else, those on which it did
+            not: what looks ok and is not.
+        false_fire_confidence: of the right steps that the failure clause let pass, those on which
+            the confidence clause fired; of nothing where it is off.
+        miss_confidence: of the wrong steps that the failure clause let pass, those on which neither
+            fired; of nothing where the confidence clause is off.
         families: the same by task family, in the order of `regrpo.tasks.FAMILIES`.
     """
 
@@ -103,6 +112,10 @@ class Report:
     error_type: Rate
     reflection_tokens: float
     success_serial: Rate
+    false_fire_failure: Rate
+    miss_failure: Rate
+    false_fire_confidence: Rate
+    miss_confidence: Rate
     families: dict[str, FamilyReport]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +125,7 @@ class Report:
 
     def __str__(self) -> str:
         """A line a number, and a table of the families."""
-        lines = [f"{name:18} {value}" for name, value in vars(self).items() if name != "families"]
+        lines = [f"{name:21} {value}" for name, value in vars(self).items() if name != "families"]
         rows = [["family", *(f.name for f in fields(FamilyReport))]]
         for name, family in self.families.items():
             cells = (f"{x:.1f}" if isinstance(x, float) else str(x) for x in vars(family).values())
@@ -140,7 +153,10 @@ def _family_report(episodes: Sequence[Pair], forced: Sequence[Trajectory]) -> Fa
         success=rate(t.success for _, t in episodes),
         first_try=rate(t.success and not any(u.correction for u in t.turns) for _, t in episodes),
         recovery_own=rate(
-            _as_reference(demo, turn) for demo, t in episodes for turn in t.turns if turn.correction
+            _as_reference(demo, turn)
+            for demo, t in episodes
+            for before, turn in pairwise(t.turns)
+            if before.fired is Clause.FAILURE
         ),
         recovery_forced=rate(t.success for t in forced),
         reflection_tokens=sum(tokens) / len(tokens) if tokens else 0.0,
@@ -149,11 +165,33 @@ def _family_report(episodes: Sequence[Pair], forced: Sequence[Trajectory]) -> Fa
 
 def _as_reference(demo: Demonstration, turn: TurnRecord) -> bool:
     """Whether a turn observed what the reference call of its step observes."""
-    return (
-        turn.observation.status is Status.OK
-        and turn.step < len(demo.observations)
-        and same_answer(turn.observation.text, demo.observations[turn.step].text)
-    )
+    if turn.step >= len(demo.observations):
+        return False
+    given, expected = turn.observation, demo.observations[turn.step]
+    return given.status is expected.status and same_answer(given.text, expected.text)
+
+
+def _trigger_rates(episodes: Sequence[Pair], trigger: TriggerConfig) -> dict[str, Any]:
+    """False fires and misses of each clause, on the first call of every step."""
+    first_calls = [
+        (_as_reference(demo, turn), turn.fired)
+        for demo, t in episodes
+        for turn in t.turns
+        # What ended an episode was nothing to reflect on any more.
+        if not turn.correction and not (t.answer is not None and turn is t.turns[-1])
+    ]
+    passed = [
+        (right, clause)
+        for right, clause in first_calls
+        if clause is not Clause.FAILURE and trigger.confidence_margin is not None
+    ]
+    rates = {}
+    for name, seen in ((Clause.FAILURE, first_calls), (Clause.CONFIDENCE, passed)):
+        rates[f"false_fire_{name.value}"] = rate(clause is name for right, clause in seen if right)
+        rates[f"miss_{name.value}"] = rate(
+            clause is not name for right, clause in seen if not right
+        )
+    return rates
 
 
 def evaluate(
@@ -163,14 +201,17 @@ def evaluate(
     *,
     reflect: bool,
     seed: int = 0,
+    trigger: TriggerConfig | None = None,
 ) -> tuple[Report, list[Trajectory]]:
     """Runs every task once as a whole episode, and one forced near-miss of each that has one."""
+    trigger = TriggerConfig() if trigger is None else trigger
     episodes = run(
         policy,
         environment,
         [task_start(d.task) for d in demonstrations],
         reflect=reflect,
         whole=True,
+        trigger=trigger,
     )
     rng = random.Random(seed)
     forced_from = [d for d in demonstrations if d.failures]
@@ -181,6 +222,7 @@ def evaluate(
     present = {d.task.family for d in demonstrations}
     report = Report(
         **vars(_family_report(pairs, forced)),
+        **_trigger_rates(pairs, trigger),
         unneeded=rate(turn.reflection_tokens > 0 for turn in free),
         error_type=rate(
             f"ErrorType: {t.start.error_type}\n" in t.turns[-1].text for t in forced if reflect
@@ -218,7 +260,14 @@ def evaluate_model(config: EvalConfig, environment: Environment) -> tuple[Report
     """Loads and evaluates a model on the held-out tasks of a configuration."""
     policy = load_policy(config)
     demonstrations = held_out(config, environment)
-    return evaluate(policy, environment, demonstrations, reflect=config.reflect, seed=config.seed)
+    return evaluate(
+        policy,
+        environment,
+        demonstrations,
+        reflect=config.reflect,
+        seed=config.seed,
+        trigger=config.trigger,
+    )
 
 
 def run_eval(config: EvalConfig, environment: Environment) -> str:

@@ -6,12 +6,14 @@ is applied to trained tokens only.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
@@ -26,6 +28,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from regrpo.packing import PackedBatch
 
 VARLEN = "regrpo_varlen"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 CausalLM = PreTrainedModel | PeftModel
 
 
@@ -135,6 +138,34 @@ def _require_folder_or_name(name_or_path: str) -> None:
         )
 
 
+def _require_model(folder: Path) -> None:
+    """Raises FileNotFoundError for a folder without a model."""
+    if not _holds_model(folder):
+        inside = folder / "model"
+        hint = f"; did you mean {inside}?" if _holds_model(inside) else ""
+        raise FileNotFoundError(
+            f"no model in {folder}; expected its config.json or adapter_config.json{hint}"
+        )
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder has a model's configuration; a run's own config.json has no model type."""
+    config = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        return True
+    return config.exists() and '"model_type"' in config.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Turns what transformers says to a model that cannot be loaded into one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"{what} cannot be loaded: {first}") from error
+
+
 def _absolute(name_or_path: str) -> str:
     """A folder's absolute path, which an adapter on it keeps; a hub name as it is."""
     path = Path(name_or_path)
@@ -145,10 +176,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads a fast tokenizer; offsets are needed to place segments.
 
     Raises:
-        FileNotFoundError: a path without a folder. ValueError: the tokenizer is not a fast one.
+        FileNotFoundError: a path without a tokenizer. ValueError: it cannot be loaded, or is not a
+            fast one.
     """
     _require_folder_or_name(name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    name_or_path = _tokenizer_of(name_or_path)
+    with _loading(f"the tokenizer of {name_or_path}"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name_or_path!r} is not a fast one; expected tokenizer.json")
     if tokenizer.pad_token_id is None:
@@ -156,9 +190,33 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _tokenizer_of(name_or_path: str) -> str:
+    """Where the tokenizer is: an adapter may leave it with its base model."""
+    folder = Path(name_or_path)
+    if not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES):
+        return name_or_path
+    _require_model(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    raise FileNotFoundError(f"no tokenizer in {folder}; expected tokenizer.json")
+
+
 def default_device() -> torch.device:
     """The GPU where there is one, the CPU otherwise."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _require_device(device: torch.device | str | None) -> None:
+    """Raises ValueError for a device that is not there."""
+    try:
+        found = default_device() if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}; expected cpu, cuda or cuda:0, ...") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: got {device!r}; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
 
 
 def place(model: torch.nn.Module, device: torch.device | str | None = None) -> None:
@@ -169,8 +227,9 @@ def place(model: torch.nn.Module, device: torch.device | str | None = None) -> N
 def load_model(
     name_or_path: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str | None = None,
+    trainable: bool = True,
     lora_rank: int = 0,
     lora_alpha: int = 32,
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -180,23 +239,32 @@ def load_model(
     Args:
         name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its
             base. An adapter on a folder keeps the folder's absolute path.
+        dtype: of the weights; "auto" for what they are saved in.
         device: where its weights go; None for ``default_device()``.
+        trainable: False for a model that is only sampled from, which need not be one that can be
+            packed.
         lora_rank: 0 trains all weights; of an adapter that is loaded, the adapter.
 
     Raises:
-        FileNotFoundError: a path without a folder.
-        NotImplementedError: the model changes its logits behind the head, or mixes tokens in
-            another way than by attention that can be packed.
-        ValueError: ``lora_rank`` is not that of the adapter.
+        FileNotFoundError: a path without a model.
+        NotImplementedError: the model keeps a recurrent state; or a trainable one changes its
+            logits behind the head, or mixes tokens in another way than by attention that can be
+            packed.
+        ValueError: the model cannot be loaded, there is no such device, or ``lora_rank`` is not
+            that of the adapter.
     """
     _require_folder_or_name(name_or_path)
+    if Path(name_or_path).is_dir():
+        _require_model(Path(name_or_path))
+    _require_device(device)
     if (Path(name_or_path) / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        adapted = AutoPeftModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, is_trainable=True
-        )
-        _require_supported(base_model(adapted))
+        with _loading(name_or_path):
+            adapted = AutoPeftModelForCausalLM.from_pretrained(
+                name_or_path, dtype=dtype, is_trainable=trainable
+            )
+        _require_supported(base_model(adapted), trainable)
         adapter = adapted.active_peft_config
         adapter.base_model_name_or_path = _absolute(adapter.base_model_name_or_path)
         rank = adapter.r
@@ -207,8 +275,9 @@ def load_model(
             )
         place(adapted, device)
         return adapted
-    model = AutoModelForCausalLM.from_pretrained(_absolute(name_or_path), dtype=dtype)
-    _require_supported(model)
+    with _loading(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(_absolute(name_or_path), dtype=dtype)
+    _require_supported(model, trainable)
     place(model, device)
     if lora_rank == 0:
         return model
@@ -221,22 +290,34 @@ def load_model(
     return get_peft_model(model, lora)
 
 
-def _require_supported(model: PreTrainedModel) -> None:
-    name, config = model.name_or_path, model.config
+def _require_supported(model: PreTrainedModel, trainable: bool) -> None:
+    name = type(model).__name__
+    if model._is_stateful:
+        raise NotImplementedError(
+            f"{model.name_or_path}: {name} keeps a recurrent state; expected attention"
+        )
+    reason = why_not_packed(model)
+    if trainable and reason is not None:
+        raise NotImplementedError(f"{model.name_or_path}: {reason}")
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be run on packed sequences with attention and head of our own; None if it
+    can."""
+    config = model.config
     for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, field, None) not in (None, 1):
-            raise NotImplementedError(
-                f"{name}: config.{field}={getattr(config, field)}; expected none"
-            )
+            return f"config.{field}={getattr(config, field)}; expected none"
     # Other layers would let packed sequences see each other, without an error.
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     other = layers - {"full_attention", "sliding_attention"}
     if other or not model._supports_attention_backend:
         what = ", ".join(sorted(other)) or "its own attention"
-        raise NotImplementedError(
-            f"{name}: {type(model).__name__} has {what}; "
+        return (
+            f"{type(model).__name__} has {what}; "
             "expected attention through transformers' AttentionInterface in every layer"
         )
+    return None
 
 
 def base_model(model: CausalLM) -> PreTrainedModel:

@@ -1,6 +1,10 @@
 """What the agent is told, in the layout of the official records."""
 
+import re
+from collections.abc import Sequence
+
 from regrpo.tools import TOOLS, signature_text
+from regrpo.tools.custom import CustomTool
 from regrpo.trajectory import Message
 
 REFLECTION_OPENER = "Reflection:\n- ErrorType:"
@@ -12,10 +16,11 @@ SYSTEM_PROMPT = (
 )
 
 
-def opening(question: str) -> list[Message]:
-    """The turns that open a task."""
+def opening(question: str, tools: Sequence[CustomTool] = ()) -> list[Message]:
+    """The turns that open a task; ``tools`` are those beside the built-in ones."""
+    system = "\n".join([SYSTEM_PROMPT, *(tool.describe() for tool in tools)])
     return [
-        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "system", "content": system},
         {"role": "user", "content": f"Task: {question}"},
     ]
 
@@ -23,6 +28,14 @@ def opening(question: str) -> list[Message]:
 def observation_turn(step: int, observation: str) -> str:
     """The user turn that carries an observation; a failed and a corrected call share their step."""
     return f"[OUTPUT OF STEP {step}] -> Observation:\n{observation}"
+
+
+def step_of(content: str) -> int:
+    """The step of an ``observation_turn``. Raises ValueError for any other text."""
+    found = re.match(r"\[OUTPUT OF STEP (\d+)\] -> Observation:\n", content)
+    if found is None:
+        raise ValueError(f"got {content!r:.60}; expected the observation of a step")
+    return int(found[1])
 
 
 def thought(tool: str) -> str:

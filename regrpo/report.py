@@ -4,8 +4,9 @@ from rich.console import Console
 from rich.text import Text
 
 from regrpo.records import Record
-from regrpo.rollout import Trajectory
+from regrpo.rollout import Trajectory, TurnRecord
 from regrpo.tools import Status
+from regrpo.trigger import Clause
 
 STATUS_STYLE = {Status.OK: "green", Status.ERROR: "red", Status.EMPTY: "yellow"}
 
@@ -28,6 +29,8 @@ def transcript(trajectory: Trajectory) -> Record:
                 "status": turn.observation.status.value,
                 "correction": turn.correction,
                 "reflection_tokens": turn.reflection_tokens,
+                "confidence": turn.confidence,
+                "fired": turn.fired.value if turn.fired else None,
             }
             for turn in trajectory.turns
         ],
@@ -40,12 +43,19 @@ def print_transcript(trajectory: Trajectory, console: Console | None = None) -> 
     task = trajectory.start.task
     console.print(Text(f"Task: {task.question}", style="bold"))
     for turn in trajectory.turns:
-        console.print(Text(turn.text.strip(), style="cyan" if turn.correction else ""))
-        console.print(
-            Text(
-                f"[step {turn.step}, {turn.observation.status.value}] {turn.observation.text}",
-                style=STATUS_STYLE[turn.observation.status],
-            )
-        )
+        print_turn(turn, console)
     expected = f" (expected {task.answer})" if task.answer else ""
     console.print(Text(f"Answer: {trajectory.answer}{expected}\n", style="bold"))
+
+
+def print_turn(turn: TurnRecord, console: Console) -> None:
+    """Prints one turn and its observation."""
+    console.print(Text(turn.text.strip(), style="cyan" if turn.correction else ""))
+    console.print(
+        Text(
+            f"[step {turn.step}, {turn.observation.status.value}] {turn.observation.text}",
+            style=STATUS_STYLE[turn.observation.status],
+        )
+    )
+    if turn.fired is Clause.CONFIDENCE:
+        console.print(Text("[less sure than before: reflecting]", style="yellow"))

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from rich.progress import Progress
 
+from regrpo.confidence import with_confidences
 from regrpo.config import TrainConfig
 from regrpo.data_engine.build import demonstrate, local_starts
 from regrpo.environment import Environment
@@ -48,8 +49,19 @@ def collect(
     if config.mode == "offline":
         return offline_trajectories(config, policy.chat, environment, step)
     starts = sample_starts(config, environment, step)
+    if config.trigger.confidence_margin is not None:
+        starts = with_confidences(
+            policy.model,
+            policy.chat.tokenizer,
+            starts,
+            temperature=config.temperature,
+            batch_tokens=config.batch_tokens,
+        )
     groups = [start for start in starts for _ in range(config.group_size)]
-    return run(policy, environment, groups, reflect=config.reflect, whole=False), {}
+    trajectories = run(
+        policy, environment, groups, reflect=config.reflect, whole=False, trigger=config.trigger
+    )
+    return trajectories, {}
 
 
 def advantages_of(

@@ -1,14 +1,15 @@
 """Episodes and local trajectories: the policy acts, tools execute, failures open a reflection.
 
-A *local trajectory* is one step from a given state: ``a0 -> o0``, and after a failure ``z, a1 ->
-o1``. An *episode* is a whole task. Both run here, many at a time, turn by turn: one batched
-generation, one batched execution.
+A *local trajectory* is one step from a given state: ``a0 -> o0``, and if the trigger fires ``z, a1
+-> o1``, all of it in the context. An *episode* is a whole task. Both run here, many at a time, turn
+by turn: one batched generation, one batched execution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from regrpo.config import TriggerConfig
 from regrpo.environment import Environment
 from regrpo.prompts import REFLECTION_OPENER, observation_turn, opening
 from regrpo.sampling import Sample
@@ -16,7 +17,8 @@ from regrpo.segments import ChatFormat, TokenizedTrajectory
 from regrpo.tasks import Task
 from regrpo.tool_calls import ToolCallError, parse_turn
 from regrpo.tools import Observation, Status
-from regrpo.trajectory import Start
+from regrpo.trajectory import End, Start
+from regrpo.trigger import Clause, confidence, fired
 from regrpo_kernels import Segment
 
 
@@ -32,27 +34,41 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class TurnRecord:
-    """One executed turn. ``correction``: it follows a failure of the same step."""
+    """One executed turn.
+
+    Attributes:
+        correction: it is the second call of its step, behind one that fired the trigger.
+        confidence: the policy's in the thought and the call, see `regrpo.trigger`.
+        fired: the clause that makes the next turn a correction.
+    """
 
     step: int
     text: str
     observation: Observation
     correction: bool
     reflection_tokens: int
+    confidence: float | None = None
+    fired: Clause | None = None
 
 
 @dataclass
 class Trajectory:
-    """A finished local trajectory or episode, as tokens and as turns."""
+    """A finished local trajectory or episode, as tokens and as turns.
+
+    ``failed``: the trigger has fired, so the next turn is a correction. ``confidences`` are those
+    of the steps' first calls so far.
+    """
 
     start: Start
     tokens: TokenizedTrajectory = field(default_factory=TokenizedTrajectory)
     turns: list[TurnRecord] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
     step: int = 0
     failed: bool = False
     done: bool = False
     success: bool = False
     answer: str | None = None
+    end: End | None = None
 
     @property
     def reflection_tokens(self) -> int:
@@ -76,22 +92,33 @@ def run(
     reflect: bool,
     whole: bool,
     max_steps: int = 6,
+    trigger: TriggerConfig | None = None,
+    max_length: int | None = None,
+    on_turn: Callable[[Trajectory], object] | None = None,
 ) -> list[Trajectory]:
     """Runs one trajectory from every start.
 
     Args:
-        reflect: open a reflection block after a typed failure (``Status.ERROR`` or ``EMPTY``); at
-            most one a step.
-        whole: go on until ``final_answer``, a correction that fails, or ``max_steps``; otherwise
-            stop after a step.
+        reflect: open a reflection block when the trigger fires; at most one a step.
+        whole: go on until ``final_answer``, a correction of a failure that fails, or ``max_steps``;
+            otherwise stop after a step. A correction of a call that worked may fail: the episode
+            goes on with what that call observed.
+        trigger: what fires it, beside a typed failure (``Status.ERROR`` or ``EMPTY``); None for
+            nothing else.
+        max_length: tokens of a context, at most; one without room for a token more ends.
+        on_turn: called after every turn, which is the trajectory's last.
 
     Success is judged by execution: an episode's final answer is the task's; a local trajectory's
     last observation is that of the reference call.
     """
+    trigger = TriggerConfig() if trigger is None else trigger
+    trigger.require_reflect(reflect)
     opener = policy.chat.encode(REFLECTION_OPENER) if reflect else []
     trajectories = []
     for start in starts:
-        trajectory = Trajectory(start, step=start.step, failed=start.failed)
+        trajectory = Trajectory(
+            start, confidences=list(start.confidences), step=start.step, failed=start.failed
+        )
         trajectory.tokens.extend(policy.chat.prompt(start.messages), Segment.CONTEXT)
         trajectories.append(trajectory)
     active = trajectories
@@ -100,6 +127,11 @@ def run(
             if t.failed:
                 # The opener is written by the trigger, not by the policy: it is not trained.
                 t.tokens.extend(opener, Segment.CONTEXT)
+            if max_length is not None and len(t.tokens) >= max_length:
+                t.done, t.end = True, End.CONTEXT
+        active = [t for t in active if not t.done]
+        if not active:
+            break
         generated = policy.generate([t.tokens.input_ids for t in active])
         texts = []
         for t, turn in zip(active, generated, strict=True):
@@ -108,13 +140,27 @@ def run(
             t.tokens.input_ids.extend(turn.ids)
             t.tokens.segment_ids.extend(kinds)
             t.tokens.log_probs.extend(turn.log_probs)
-            texts.append((text, kinds.count(int(Segment.REFLECTION))))
+            acted = zip(kinds, turn.log_probs, strict=True)
+            certainty = confidence([value for kind, value in acted if kind == Segment.ACTION])
+            texts.append((text, kinds.count(int(Segment.REFLECTION)), certainty))
         observations = environment.execute(
-            [(t.start.task.workspace, text) for t, (text, _) in zip(active, texts, strict=True)]
+            [(t.start.task.workspace, text) for t, (text, *_) in zip(active, texts, strict=True)]
         )
-        for t, (text, count), observation in zip(active, texts, observations, strict=True):
-            t.turns.append(TurnRecord(t.step, text, observation, t.failed, count))
+        for t, (text, count, certainty), observation in zip(
+            active, texts, observations, strict=True
+        ):
+            clause = None
+            if not t.failed:  # at most one block a step
+                doubted = None if _is_final(text) else certainty
+                clause = fired(observation.status, doubted, t.confidences, trigger)
+                if certainty is not None:
+                    t.confidences.append(certainty)
+            t.turns.append(
+                TurnRecord(t.step, text, observation, t.failed, count, certainty, clause)
+            )
             _advance(t, text, observation, whole, max_steps)
+            if on_turn is not None:
+                on_turn(t)
             if not t.done:
                 if t.tokens.input_ids[-1] != policy.chat.end_id:  # the turn ran into its limit
                     t.tokens.extend([policy.chat.end_id], Segment.CONTEXT)
@@ -129,14 +175,18 @@ def _advance(
 ) -> None:
     """Moves a trajectory on after an observation."""
     task = t.start.task
-    if observation.status is not Status.OK:
-        t.done = t.failed
+    if t.turns[-1].fired is not None:
         t.failed = True
         return
+    works = observation.status is Status.OK
+    doubted = len(t.turns) > 1 and t.turns[-2].fired is Clause.CONFIDENCE
+    if not works and not (doubted and whole):  # a correction that fails
+        t.done, t.end = True, End.FAILURE
+        return
     t.failed = False
-    final = _is_final(text)
+    final = works and _is_final(text)
     if final or not whole:
-        t.done = True
+        t.done, t.end = True, End.ANSWER if final else End.STEP
         t.answer = observation.text if final else None
         expected = task.answer if final else t.start.expected
         # A premature final answer is no success of a step that should have called a tool.
@@ -144,7 +194,8 @@ def _advance(
         t.success = same_answer(observation.text, expected) and final == step_is_final
         return
     t.step += 1
-    t.done = t.step >= max_steps
+    if t.step >= max_steps:
+        t.done, t.end = True, End.MAX_STEPS
 
 
 def _is_final(text: str) -> bool:

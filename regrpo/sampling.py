@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from regrpo.cached_rows import CachedRows
 from regrpo.decoding import Continuations
-from regrpo.modeling import CausalLM, base_model
+from regrpo.modeling import CausalLM, base_model, why_not_packed
 from regrpo.segments import ChatFormat
 from regrpo_kernels import token_log_probs
 
@@ -24,7 +25,14 @@ class Sample:
 
 
 class LocalPolicy:
-    """A model in this process as a policy of ``regrpo.rollout``. ``temperature`` 0 is greedy."""
+    """A model in this process as a policy of ``regrpo.rollout``.
+
+    Args:
+        temperature: 0 is greedy.
+        max_new_tokens: limit of one turn.
+        stop_ids: what ends a turn beside the chat format's own token; it is not part of it.
+        max_length: limit of prompt and turn together; None for none.
+    """
 
     def __init__(
         self,
@@ -34,23 +42,31 @@ class LocalPolicy:
         temperature: float = 1.0,
         max_new_tokens: int = 128,
         seed: int = 0,
+        stop_ids: Sequence[int] = (),
+        max_length: int | None = None,
     ):
         self.model = model
         self.chat = ChatFormat(tokenizer)
         self.pad_id: int = tokenizer.pad_token_id
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
+        self.stop_ids = tuple(stop_ids)
+        self.max_length = max_length
         self.generator = torch.Generator(base_model(model).device).manual_seed(seed)
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[Sample]:
+        limit = self.max_new_tokens
+        if self.max_length is not None:
+            limit = min(limit, self.max_length - max(map(len, prompts)))
         return sample(
             self.model,
             prompts,
             stop_id=self.chat.end_id,
             pad_id=self.pad_id,
             temperature=self.temperature,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=limit,
             generator=self.generator,
+            stop_ids=self.stop_ids,
         )
 
 
@@ -92,6 +108,7 @@ def sample(
     max_new_tokens: int,
     generator: torch.Generator | None = None,
     max_batch: int = 512,
+    stop_ids: Sequence[int] = (),
 ) -> list[Sample]:
     """Continues every prompt until ``stop_id`` or ``max_new_tokens``.
 
@@ -99,6 +116,7 @@ def sample(
         temperature: 0 is greedy; log-probs are then those of temperature 1.
         generator: draws are reproducible given its state, the prompts and the model.
         max_batch: rows decoded together; prompts of similar length go together.
+        stop_ids: other tokens that end a turn; it ends before them, as at its limit.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[Sample | None] = [None] * len(prompts)
@@ -109,7 +127,8 @@ def sample(
         chunk = _decode(
             model,
             [prompts[i] for i in chosen],
-            stop_id,
+            (stop_id, *stop_ids),
+            pad_id,
             temperature,
             max_new_tokens,
             generator,
@@ -123,13 +142,19 @@ def sample(
 def _decode(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
-    stop_id: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
     temperature: float,
     max_new_tokens: int,
     generator: torch.Generator | None,
 ) -> list[Sample]:
-    rows = Continuations(model, prompts)
+    rows: Continuations | CachedRows
+    if why_not_packed(base_model(model)) is None:
+        rows = Continuations(model, prompts)
+    else:
+        rows = CachedRows(model, prompts, pad_id)
     device = rows.logits.device
+    stops = torch.tensor(stop_ids, device=device)
     alive = torch.arange(len(prompts), device=device)
     sampled: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
@@ -145,7 +170,7 @@ def _decode(
         ):
             sampled[row].append(token)
             log_probs[row].append(value)
-        going = drawn != stop_id
+        going = ~torch.isin(drawn, stops)
         if count == max_new_tokens or not going.any():
             break
         if going.sum() <= 0.75 * len(going):  # finished rows leave the batch
@@ -153,12 +178,16 @@ def _decode(
             rows.keep(keep)
             alive, drawn = alive[keep], drawn[keep]
         rows.append(drawn)
+    ends = [_end(ids, stop_ids) for ids in sampled]
     return [
-        Sample(_until(ids, stop_id), values[: len(_until(ids, stop_id))])
-        for ids, values in zip(sampled, log_probs, strict=True)
+        Sample(ids[:end], values[:end])
+        for ids, values, end in zip(sampled, log_probs, ends, strict=True)
     ]
 
 
-def _until(ids: list[int], stop_id: int) -> list[int]:
-    """Rows that had finished but stayed in the batch went on; cut behind their stop token."""
-    return ids[: ids.index(stop_id) + 1] if stop_id in ids else ids
+def _end(ids: Sequence[int], stop_ids: Sequence[int]) -> int:
+    """Rows that had finished but stayed in the batch went on; where they really end."""
+    for index, token in enumerate(ids):
+        if token in stop_ids:
+            return index + (token == stop_ids[0])
+    return len(ids)

@@ -16,7 +16,9 @@ from types import TracebackType
 from typing import Any, cast
 
 from regrpo.tool_calls import ToolCall
+from regrpo.tools.custom import CustomTool
 from regrpo.tools.observation import Observation, Status
+from regrpo.tools.shipping import ship
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 5.0  # the worker ends itself at the time limit; after that much longer it is killed
@@ -29,12 +31,20 @@ class Sandbox:
     A call gets `timeout_s` seconds of wall clock, the worker `memory_mb` MiB of address space, and
     an observation at most `max_output_chars` characters. Not for use by two threads at a time.
 
+    It runs the tools of `regrpo.tools` and copies of those given as `tools`, which may import what
+    is on this process's `sys.path`.
+
     The worker is a fresh interpreter, so it is safe to start while torch threads run. It cannot
     write files, and has no network where the system permits network namespaces (see `network`).
     """
 
     def __init__(
-        self, *, timeout_s: float = 2.0, memory_mb: int = 1024, max_output_chars: int = 4000
+        self,
+        *,
+        timeout_s: float = 2.0,
+        memory_mb: int = 1024,
+        max_output_chars: int = 4000,
+        tools: Sequence[CustomTool] = (),
     ) -> None:
         for name, value in (
             ("timeout_s", timeout_s),
@@ -45,10 +55,13 @@ class Sandbox:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.timeout_s = timeout_s
         self._limits = (float(timeout_s), int(memory_mb), int(max_output_chars))
+        # Without tools, nothing of the caller's is within reach of an import.
+        paths = [os.path.abspath(path) for path in sys.path] if tools else []
+        self._tools = pickle.dumps((paths, ship(tools)))
         self._worker: _Worker | None = None
 
     def __enter__(self) -> Sandbox:
-        self._worker = _Worker(self._limits)
+        self._worker = _Worker(self._limits, self._tools)
         return self
 
     def __exit__(
@@ -92,10 +105,10 @@ class Sandbox:
                     observations.append(self._casualty(call, ended))
                 elif (starts := starts + 1) == _MAX_STARTS:
                     raise RuntimeError(f"the sandbox worker keeps ending: {ended}") from ended
-                self._worker = _Worker(self._limits)
+                self._worker = _Worker(self._limits, self._tools)
             except BaseException:  # an interrupt leaves answers in the pipe that nobody asked for
                 worker.kill()
-                self._worker = _Worker(self._limits)
+                self._worker = _Worker(self._limits, self._tools)
                 raise
         return observations
 
@@ -121,7 +134,7 @@ class _WorkerEndedError(Exception):
 class _Worker:
     """The process and its two pipes. `accepted` says whether it has read the batch last sent."""
 
-    def __init__(self, limits: tuple[float, int, int]) -> None:
+    def __init__(self, limits: tuple[float, int, int], tools: bytes) -> None:
         code = (
             f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r}); "
             f"from regrpo.sandbox_worker import main; main(*{limits!r})"
@@ -148,21 +161,24 @@ class _Worker:
         self.accepted = False
         self.pid = self._process.pid
         try:
+            self._write(tools)
             self.network: bool = self._message(_START_TIMEOUT_S)["network"]
         except _WorkerEndedError as ended:
             raise RuntimeError(f"the sandbox worker does not start: {ended}") from ended
 
     def send(self, requests: Sequence[tuple[Path, ToolCall]]) -> None:
         self.accepted = False
-        data = pickle.dumps([(root.absolute(), call) for root, call in requests])
+        self._write(pickle.dumps([(root.absolute(), call) for root, call in requests]))
+        self._message(self._wait_s)
+        self.accepted = True
+
+    def _write(self, data: bytes) -> None:
         view = memoryview(len(data).to_bytes(8, "big") + data)
         try:
             while view:
                 view = view[self._stdin.write(view) :]
         except BrokenPipeError:
             raise self._ended(timed_out=False) from None
-        self._message(self._wait_s)
-        self.accepted = True
 
     def receive(self) -> Observation:
         text, status = self._message(self._wait_s)

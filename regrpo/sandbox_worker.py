@@ -1,23 +1,27 @@
 """The process that runs tool calls for `regrpo.sandbox`: limits itself, then serves batches.
 
-Requests come on stdin as an 8-byte length and a pickled list of `(root, ToolCall)`. Answers leave
-on stdout as JSON lines: `{"network": bool}` once, then for each batch `null` when it has arrived
-and `[text, status]` for each call.
+Messages come on stdin as an 8-byte length and a pickle: once `(sys.path of the owner, tools)`, then
+lists of `(root, ToolCall)`. Answers leave on stdout as JSON lines: `{"network": bool}` once, then
+for each batch `null` when it has arrived and `[text, status]` for each call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import os
 import pickle
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from regrpo.tool_calls import ToolCall
 from regrpo.tools import call_tool
+from regrpo.tools.shipping import unship
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 TRUNCATED = "… [truncated]"
@@ -28,31 +32,46 @@ def main(timeout_s: float, memory_mb: int, max_output_chars: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     network = not _leave_network()
+    # What a user's tool prints must neither mix with the answers nor fill a pipe that nobody reads.
+    answers = os.fdopen(os.dup(1), "wb")
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+    os.dup2(nowhere.fileno(), 1)
+    requests = _messages()
+    paths, shipped = next(requests)
+    sys.path.extend(path for path in paths if path not in sys.path)
+    with contextlib.redirect_stderr(nowhere):
+        custom = unship(shipped)
     _limit(memory_mb * 2**20)
-    _send({"network": network})
-    requests = sys.stdin.buffer
-    while header := requests.read(8):
-        batch: list[tuple[Path, ToolCall]] = pickle.loads(
-            requests.read(int.from_bytes(header, "big"))
-        )
-        _send(None)
+    _send(answers, {"network": network})
+    batch: list[tuple[Path, ToolCall]]
+    for batch in requests:
+        _send(answers, None)
         for root, call in batch:
             # The kernel ends the process even inside a C call that never returns to Python.
             signal.setitimer(signal.ITIMER_REAL, timeout_s)
-            observation = call_tool(root, call)
+            with contextlib.redirect_stderr(nowhere):
+                observation = call_tool(root, call, custom)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _send([_shown(observation.text, max_output_chars), observation.status.value])
+            text = shown(observation.text, max_output_chars)
+            _send(answers, [text, observation.status.value])
 
 
-def _shown(text: str, max_chars: int) -> str:
+def _messages() -> Iterator[Any]:
+    stdin = sys.stdin.buffer
+    while header := stdin.read(8):
+        yield pickle.loads(stdin.read(int.from_bytes(header, "big")))
+
+
+def shown(text: str, max_chars: int) -> str:
+    """An observation's text as it is given out."""
     if len(text) > max_chars:
         text = text[:max_chars] + TRUNCATED
     return text.encode(errors="replace").decode()  # lone surrogates cannot be tokenised
 
 
-def _send(message: Any) -> None:
-    sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
-    sys.stdout.buffer.flush()
+def _send(answers: BinaryIO, message: Any) -> None:
+    answers.write(json.dumps(message).encode() + b"\n")
+    answers.flush()
 
 
 def _leave_network() -> bool:

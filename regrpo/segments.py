@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.tool_calls import reflection_span
@@ -136,6 +137,26 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, frame: str) -> str:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def _takes_system(tokenizer: PreTrainedTokenizerBase, template: str | None) -> bool:
+    """Whether a system turn is shown where it stands: Gemma refuses it, Mistral moves it."""
+    roles = ("system", "user", "assistant", "user")
+    try:
+        _rendered(tokenizer, [{"role": role, "content": "A"} for role in roles])
+    except (TemplateError, ValueError):
+        return False
+    return True
+
+
+def fold_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """The messages as the chat template can show them: a system turn it refuses opens the first
+    user turn."""
+    if messages[0]["role"] != "system" or _takes_system(tokenizer, tokenizer.chat_template):
+        return list(messages)
+    system, user, *rest = messages
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
 def tokenize_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -155,6 +176,10 @@ def tokenize_conversation(
         ValueError: the chat template drops or rewrites a message, so that its span cannot be found,
             or does not close assistant turns.
     """
+    folded = fold_system(tokenizer, messages)
+    if len(folded) < len(messages) and trained_turns is not None:
+        trained_turns = [index - 1 for index in trained_turns]
+    messages = folded
     frames, contents = _rendered(tokenizer, messages)
     text = frames[0]
     kinds = bytearray(len(text))  # Segment.CONTEXT == 0
@@ -225,6 +250,7 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens up to where the assistant speaks."""
+        messages = fold_system(self.tokenizer, messages)
         return self.encode(render(self.tokenizer, messages, add_generation_prompt=True))
 
     def observation(self, content: str) -> list[int]:

@@ -1,10 +1,21 @@
 """Where trajectories start. Pure Python: the data engine builds these without torch."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from regrpo.tasks import Task
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+
+
+class End(str, Enum):
+    """Why a trajectory ended; the values complete "it ended because ..."."""
+
+    ANSWER = "it gave an answer"
+    STEP = "its one step was done"
+    FAILURE = "the correction of a failed call did not work either"
+    MAX_STEPS = "it had used up its steps"
+    CONTEXT = "its context was full"
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,8 @@ class Start:
         expected: the observation of the reference call at ``step`` (local trajectories).
         failed: the conversation ends in a forced failure, so the next turn is the correction.
         error_type: of that failure.
+        confidences: the policy's in the first calls of the steps before (`regrpo.trigger`); without
+            them only failures fire the trigger here.
     """
 
     task: Task
@@ -25,3 +38,4 @@ class Start:
     expected: str = ""
     failed: bool = False
     error_type: str | None = None
+    confidences: tuple[float, ...] = ()

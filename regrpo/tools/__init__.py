@@ -7,20 +7,21 @@ message of the exception that was really raised.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from regrpo.tool_calls import ToolCall
 from regrpo.tools.answer import final_answer
 from regrpo.tools.calculator import calculator
+from regrpo.tools.custom import CustomTool, bind
 from regrpo.tools.files import list_dir, read_file
 from regrpo.tools.observation import Observation, Status, failure
 from regrpo.tools.page import read_region
 from regrpo.tools.search import search
 from regrpo.tools.sql import sql
 
-__all__ = ["TOOLS", "Observation", "Status", "call_tool", "signature_text"]
+__all__ = ["TOOLS", "Observation", "Status", "call_tool", "no_such_tool", "signature_text"]
 
 Tool = Callable[..., Observation]
 TOOLS: tuple[Tool, ...] = (
@@ -50,30 +51,22 @@ def signature_text(tool: Tool) -> str:
     return f"{tool.__name__}{_SIGNATURES[tool.__name__]}"
 
 
-def call_tool(root: Path, call: ToolCall) -> Observation:
+def no_such_tool(call: ToolCall, custom: Sequence[CustomTool] = ()) -> Observation:
+    """What a call of an unknown name gives."""
+    names = ", ".join([*_BY_NAME, *(other.name for other in custom)])
+    return failure(NameError(f"name '{call.name}' is not defined; tools: {names}"))
+
+
+def call_tool(root: Path, call: ToolCall, custom: Sequence[CustomTool] = ()) -> Observation:
     """Run a call in this process, unprotected. `Sandbox.run` is the safe way."""
+    for other in custom:
+        if other.name == call.name:
+            return other.run(root, call)
     tool = _BY_NAME.get(call.name)
     if tool is None:
-        names = ", ".join(_BY_NAME)
-        return failure(NameError(f"name '{call.name}' is not defined; tools: {names}"))
+        return no_such_tool(call, custom)
     try:
-        arguments = _bind(call)
+        arguments = bind(call.name, _SIGNATURES[call.name], call)
     except TypeError as error:
         return failure(error)
     return tool(root, **arguments)
-
-
-def _bind(call: ToolCall) -> dict[str, Any]:
-    signature = _SIGNATURES[call.name]
-    try:
-        arguments = signature.bind(*call.args, **call.kwargs).arguments
-    except TypeError as error:
-        raise TypeError(f"{call.name}() {error}") from None
-    for name, value in arguments.items():
-        expected = signature.parameters[name].annotation
-        if type(value) is not expected:  # not isinstance: True is no coordinate
-            raise TypeError(
-                f"{call.name}() argument '{name}' must be {expected.__name__}, "
-                f"not {type(value).__name__}"
-            )
-    return arguments

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from regrpo.config import EvalConfig, TaskConfig
+from regrpo.config import EvalConfig, TaskConfig, TriggerConfig
 from regrpo.data_engine.build import demonstrate
 from regrpo.evaluate import Rate, evaluate, rate, run_eval
 from regrpo.prompts import REFLECTION_OPENER
@@ -101,6 +101,54 @@ def test_an_oracle_recovers_from_everything(tokenizer, environment, held_out, re
     else:
         assert report.reflection_tokens == 0
         assert report.error_type.count == 0
+
+
+class Unsure(Oracle):
+    """Reads something else at the second step of every third task, and is unsure now and then."""
+
+    def turn(self, text):
+        sample = super().turn(text)
+        index, demo = next(
+            (i, d)
+            for i, d in enumerate(self.demonstrations)
+            if f"Task: {d.task.question}<|end|>" in text
+        )
+        step = len(set(re.findall(r"OUTPUT OF STEP (\d+)", text)))
+        again = text.count("OUTPUT OF STEP 1]") or text.count("OUTPUT OF STEP 0]") > 1
+        if step != 1 or again or len(demo.task.steps) < 3 or demo.task.trapped:
+            return sample
+        if index % 3 == 0:
+            call = Turn(None, "?", ToolCall("calculator", ("1 + 1",))).render()
+            sample = Sample([*self.chat.encode(call), self.chat.end_id], [])
+        log_prob = -3.0 if index % 2 else -1.0
+        return Sample(sample.ids, [log_prob] * len(sample.ids))
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_false_fires_and_misses_of_each_clause(tokenizer, environment, on):
+    tasks = generate_tasks(48, seed=5, trap_share=0.2, families=("label", "lookup", "sum", "see"))
+    demos = demonstrate(environment, list({t.question: t for t in tasks}.values()), seed=0)[0]
+    trigger = TriggerConfig(confidence_margin=0.1 if on else None)
+    policy = Unsure(tokenizer, demos)
+    report, episodes = evaluate(policy, environment, demos, reflect=True, trigger=trigger)
+    odd = [i for i, d in enumerate(demos) if len(d.task.steps) >= 3 and not d.task.trapped]
+    wrong, unsure = {i for i in odd if i % 3 == 0}, {i for i in odd if i % 2}
+    assert len(wrong & unsure) > 0
+    assert len(wrong - unsure) > 0
+    assert len(unsure - wrong) > 0
+    traps = sum(step.trap is not None for d in demos for step in d.task.steps)
+    calls = sum(len(d.task.steps) - 1 for d in demos)
+    right = calls - traps - len(wrong)
+    assert report.false_fire_failure == Rate(0, right)
+    assert report.miss_failure == Rate(len(wrong), len(wrong) + traps)
+    if on:
+        assert report.false_fire_confidence == Rate(len(unsure - wrong), right)
+        assert report.miss_confidence == Rate(len(wrong - unsure), len(wrong))
+        assert sum(t.reflection_tokens > 0 for t in episodes) > len(unsure)
+    else:
+        assert report.false_fire_confidence == report.miss_confidence == Rate(0, 0)
+    # A correction of what had worked is none of a failure.
+    assert report.recovery_own == Rate(traps, traps)
 
 
 def test_families_are_reported_apart(tokenizer, environment, held_out):
