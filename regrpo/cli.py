@@ -128,7 +128,12 @@ Command = tuple[str, type[Any], Callable[[Any], None], str]
 COMMANDS: tuple[Command, ...] = (
     ("pretrain", settings.PretrainConfig, _pretrain, "make the small base model"),
     ("sft", settings.SFTConfig, _sft, "fine-tune on records"),
-    ("train", settings.TrainConfig, _train, "on-policy ReGRPO (or GRPO with plain retries)"),
+    (
+        "train",
+        settings.TrainConfig,
+        _train,
+        "ReGRPO, on-policy or offline (or GRPO with plain retries)",
+    ),
     ("eval", settings.EvalConfig, _eval, "evaluate on held-out tasks"),
     ("run", settings.RunConfig, _run, "let a trained agent answer a task about a folder"),
     ("demo", settings.DemoConfig, _demo, "everything once: data, five agents, table, curves"),

@@ -406,8 +406,8 @@ class TrainConfig:
     Args:
         model: Hugging Face name or path, usually of an SFT run.
         out: folder of the run.
-        mode: "local", one step from a state; "offline", as the official release: the fixed,
-            executed candidates of a state and nothing sampled.
+        mode: "local", one step from a state; "episodes", whole tasks; "offline", as the official
+            release: the fixed, executed candidates of a state and nothing sampled.
         tasks: where states come from.
         reflect: open a reflection block after a typed failure; False is GRPO with plain retries.
         trigger: what else opens one.
@@ -419,6 +419,9 @@ class TrainConfig:
             long_recovery.
         forced_share: share of the states that start behind an executed near-miss; an offline group
             always holds one.
+        own_states_share: share of the states that are turns of whole episodes that the policy runs
+            first; needs mode "local".
+        max_steps: of an episode: tool calls, corrections not counted.
         skip_zero_variance: leave groups without any advantage out of the update; what they would
             add is the KL term.
         epochs: passes over the trajectories of an update.
@@ -453,6 +456,8 @@ class TrainConfig:
     group_size: int = 5
     candidates: tuple[str, ...] = CANDIDATES[:5]
     forced_share: float = 0.4
+    own_states_share: float = 0.0
+    max_steps: int = 6
     skip_zero_variance: bool = True
     epochs: int = 1
     batch_tokens: int = 16384
@@ -484,14 +489,23 @@ class TrainConfig:
         self._require_fitting_mode()
 
     def _require_fitting_mode(self) -> None:
-        modes = ("local", "offline")
+        modes = ("local", "episodes", "offline")
         policies = ("clip", "cispo", "sapo", "reinforce")
         estimators = ("k1", "k2", "k3", "k1-constant")
         policy = self.policy
-        _require(self.mode in modes, "mode", self.mode, "local or offline")
+        _require(self.mode in modes, "mode", self.mode, "local, episodes or offline")
         _require(policy in policies, "policy", policy, "clip, cispo, sapo or reinforce")
         estimator = self.kl_estimator
         _require(estimator in estimators, "kl_estimator", estimator, "k1, k2, k3 or k1-constant")
+        own = self.own_states_share
+        _require(
+            own >= 0 and own + self.forced_share <= 1 + 1e-9,
+            "own_states_share",
+            own,
+            f"0 or more, and with forced_share={self.forced_share:g} at most 1",
+        )
+        _require(own == 0 or self.mode == "local", "own_states_share", own, "0 but in mode local")
+        _require(self.max_steps > 0, "max_steps", self.max_steps, "1 or more")
         if estimator == "k1-constant":
             needed = "reinforce with kl_estimator k1-constant"
             _require(policy == "reinforce", "policy", policy, needed)

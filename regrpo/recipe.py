@@ -93,6 +93,7 @@ AGENTS = {
             "loss_agg_mode": "seq-mean-token-sum",
             "candidates": OFFICIAL_CANDIDATES,
             "group_size": len(OFFICIAL_CANDIDATES),
+            "optim": OptimConfig(lr=5e-5),  # at that of the others it forgets to act
             "states": 64,  # as many trajectories an update as the others
         },
     ),

@@ -1,13 +1,19 @@
-"""On-policy ReGRPO (arXiv 2606.31392) on local trajectories.
+"""ReGRPO (arXiv 2606.31392): on local trajectories, on whole episodes, or on fixed candidates.
 
-An update: for every state, K trajectories ``a0 -> o0 -> z -> a1 -> o1`` are sampled and executed;
-success minus reflection cost is compared inside the group of K; reflections and actions are trained
-together with clipped ratios against the behaviour policy. A share of the states starts behind a
-near-miss that was executed already. With ``reflect=False`` the same loop is GRPO with plain
-retries.
+An update: for every state, K trajectories are collected and executed; success minus reflection cost
+is compared inside the group of K; reflections and actions are trained together. By ``mode``:
 
-Deviations from the official release: it samples nothing and clips nothing; here old log-probs come
-from the sampler, and the reference is the model before the run (of a new adapter: the adapter off).
+- ``local``: ``a0 -> o0 -> z -> a1 -> o1`` is sampled from the policy, with clipped ratios against
+  it. States are those of data, some behind a near-miss that was executed already, some from
+  episodes of the policy's own.
+- ``episodes``: whole tasks are sampled; the final answer is the success, all reflections cost.
+- ``offline``: as the official release does, nothing is sampled (``regrpo.offline``).
+
+With ``reflect=False`` the same loop is GRPO with plain retries.
+
+Deviations from the official release: it samples nothing and clips nothing; here, but offline, old
+log-probs come from the sampler, and the reference is the model before the run (of a new adapter:
+the adapter off).
 """
 
 import contextlib
@@ -26,8 +32,9 @@ from regrpo.environment import Environment
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
 from regrpo.offline import offline_trajectories
+from regrpo.own_states import own_states
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate
-from regrpo.rollout import Trajectory, run
+from regrpo.rollout import Trajectory, run, task_start
 from regrpo.sampling import LocalPolicy
 from regrpo.trainer import Run, mean
 from regrpo.trajectory import Start
@@ -39,7 +46,10 @@ def sample_starts(config: TrainConfig, environment: Environment, step: int) -> l
     tasks = config.tasks.generate(config.states, first=step * config.states)
     demonstrations, _ = demonstrate(environment, tasks, seed=config.seed)
     rng = random.Random(f"{config.seed}-{step}")
-    return local_starts(demonstrations, rng, forced_share=config.forced_share)
+    starts = local_starts(demonstrations, rng, forced_share=config.forced_share)
+    if config.mode == "episodes":
+        return [start if start.failed else task_start(start.task) for start in starts]
+    return starts
 
 
 def collect(
@@ -49,6 +59,9 @@ def collect(
     if config.mode == "offline":
         return offline_trajectories(config, policy.chat, environment, step)
     starts = sample_starts(config, environment, step)
+    metrics: dict[str, float] = {}
+    if config.own_states_share > 0:
+        starts, metrics = with_own_states(config, policy, environment, starts, step)
     if config.trigger.confidence_margin is not None:
         starts = with_confidences(
             policy.model,
@@ -58,10 +71,55 @@ def collect(
             batch_tokens=config.batch_tokens,
         )
     groups = [start for start in starts for _ in range(config.group_size)]
+    whole = config.mode == "episodes"
     trajectories = run(
-        policy, environment, groups, reflect=config.reflect, whole=False, trigger=config.trigger
+        policy,
+        environment,
+        groups,
+        reflect=config.reflect,
+        whole=whole,
+        max_steps=config.max_steps,
+        trigger=config.trigger,
     )
-    return trajectories, {}
+    return trajectories, metrics | (episode_metrics(trajectories) if whole else {})
+
+
+def with_own_states(
+    config: TrainConfig,
+    policy: LocalPolicy,
+    environment: Environment,
+    starts: list[Start],
+    step: int,
+) -> tuple[list[Start], dict[str, float]]:
+    """Replaces states that are not forced by states of the policy's own, and counts."""
+    rng = random.Random(f"{config.seed}-{step}-own")
+    share = config.own_states_share / (1 - config.forced_share)
+    chosen = [i for i, s in enumerate(starts) if not s.failed and rng.random() < share]
+    own = own_states(
+        policy,
+        environment,
+        [starts[i] for i in chosen],
+        rng,
+        reflect=config.reflect,
+        max_steps=config.max_steps,
+        trigger=config.trigger,
+    )
+    replaced = dict(zip(chosen, own.starts, strict=True))
+    return [replaced.get(i, start) for i, start in enumerate(starts)], {
+        "states/own": len(chosen) / len(starts),
+        "states/own_failed": mean(start.failed for start in own.starts),
+        "states/own_off_track": own.off_track / max(1, own.turns),
+    }
+
+
+def episode_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
+    """How long the episodes were, how often they answered and reflected."""
+    reflections = [sum(turn.reflection_tokens > 0 for turn in t.turns) for t in episodes]
+    return {
+        "episode/turns": mean(len(t.turns) for t in episodes),
+        "episode/answered": mean(t.answer is not None for t in episodes),
+        "episode/reflections": mean(reflections),
+    }
 
 
 def advantages_of(
@@ -93,14 +151,16 @@ def rollout_metrics(
     trajectories: Sequence[Trajectory], result: ReflectionAdvantages, group_size: int
 ) -> dict[str, float]:
     """What the sampled trajectories of an update did."""
-    corrected = [t for t in trajectories if t.turns[-1].correction]
+    corrected = [t for t in trajectories if any(turn.correction for turn in t.turns)]
     free = [t for t in trajectories if not t.start.failed]
     spread = groups_with_variance(result, group_size)
     return {
         "reward/mean": result.rewards.mean().item(),
         "reward/std": result.rewards.std().item(),
         "success": mean(t.success for t in trajectories),
-        "success/first_try": mean(t.success and not t.turns[-1].correction for t in free),
+        "success/first_try": mean(
+            t.success and not any(turn.correction for turn in t.turns) for t in free
+        ),
         "recovery": mean(t.success for t in corrected),
         "reflection/tokens": mean(t.reflection_tokens for t in corrected),
         "reflection/unneeded": mean(
@@ -123,6 +183,7 @@ class Learner:
         self.config = config
         constant = config.kl_estimator == "k1-constant"
         self._advantage_shift = config.beta if constant else 0.0
+        turns = 2 * (config.max_steps if config.mode == "episodes" else 1)
         self.objective = Objective(
             policy=config.policy,
             epsilon_low=config.epsilon_low,
@@ -131,7 +192,7 @@ class Learner:
             kl_estimator="k1" if constant else config.kl_estimator,
             temperature=config.temperature,
             loss_agg_mode=config.loss_agg_mode,
-            max_completion_length=2 * config.max_new_tokens,  # two turns
+            max_completion_length=turns * config.max_new_tokens,
         )
         self._start: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         if config.beta > 0:

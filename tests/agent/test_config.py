@@ -59,7 +59,18 @@ CASES = [
     (train, {"max_new_tokens": 0}, "max_new_tokens: got 0"),
     (train, {"beta": -0.1}, "beta: got -0.1"),
     (train, {"save_every": 0}, "save_every: got 0"),
-    (train, {"mode": "online"}, "mode: got 'online'; expected local or offline"),
+    (train, {"mode": "online"}, "mode: got 'online'; expected local, episodes or offline"),
+    (train, {"max_steps": 0}, "max_steps: got 0; expected 1 or more"),
+    (
+        train,
+        {"own_states_share": 0.7},
+        "own_states_share: got 0.7; expected 0 or more, and with forced_share=0.4 at most 1",
+    ),
+    (
+        train,
+        {"own_states_share": 0.1, "mode": "episodes"},
+        "own_states_share: got 0.1; expected 0 but in mode local",
+    ),
     (train, {"policy": "nll"}, "policy: got 'nll'; expected clip, cispo, sapo or reinforce"),
     (train, {"kl_estimator": "k4"}, "kl_estimator: got 'k4'; expected k1, k2, k3 or k1-constant"),
     (
@@ -94,6 +105,8 @@ def test_a_value_out_of_range_is_named(make, fields, message):
 def test_the_defaults_are_valid():
     for make in (TaskConfig, OptimConfig, RewardConfig, LoraSettings, sft, train):
         make()
+    train(forced_share=0.9, own_states_share=0.1)
+    offline()
     PretrainConfig(out="o")
     DataConfig(out="o")
     EvalConfig(model="m")

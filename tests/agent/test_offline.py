@@ -193,3 +193,15 @@ def test_the_constant_gradient_is_not_k1s(base, environment, tokenizer, model, t
         gradients.append(training.gradients)
     name = "lm_head.weight" if "lm_head.weight" in gradients[0] else next(iter(gradients[0]))
     assert not torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-2)
+
+
+def test_updates_on_a_group_prefer_what_succeeded(base, environment, tokenizer, model, tmp_path):
+    config = offline_config(
+        base, tmp_path, states=1, beta=0.0, epochs=1, loss_agg_mode="seq-mean-token-mean"
+    )
+    trajectories, _ = offline_trajectories(config, ChatFormat(tokenizer), environment, 0)
+    optim = OptimConfig(lr=1e-3, warmup_steps=0)
+    with Run(tmp_path, config, model, tokenizer, optim, 8) as training:
+        learner = Learner(model, config)
+        losses = [update(training, learner, trajectories)["loss"] for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)

@@ -21,10 +21,14 @@ from regrpo.rl import run_rl
 from regrpo.sft import run_sft
 from regrpo.trainer import Run
 
-MODES = {"offline": {"mode": "offline", "policy": "reinforce", "group_size": 5}}
+MODES = {
+    "episodes": {"mode": "episodes", "max_steps": 2},
+    "own": {"own_states_share": 0.7, "forced_share": 0.3},
+    "offline": {"mode": "offline", "policy": "reinforce", "group_size": 5},
+}
 
 
-@pytest.fixture(params=["sft", "sft-lora", "rl", "rl-lora", "rl-offline"])
+@pytest.fixture(params=["sft", "sft-lora", "rl", "rl-lora", *(f"rl-{mode}" for mode in MODES)])
 def training(request, base, environment):
     """`(run, config)`: starts, or resumes, a run in a folder."""
     kind, _, variant = request.param.partition("-")
