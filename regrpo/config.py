@@ -567,7 +567,7 @@ class RunConfig:
         temperature: 0 is greedy.
         max_new_tokens: limit of one turn.
         max_steps: tool calls, corrections not counted.
-        timeout_s: limit of one tool call, in seconds.
+        timeout_s: limit of one tool call, in seconds of processor time.
         device: cpu, cuda or cuda:0, ...; null for the GPU where there is one.
         dtype: auto (as saved), float32, bfloat16 or float16.
         seed: sampling.

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+from regrpo.sandbox_worker import WALL_FACTOR
 from regrpo.tool_calls import ToolCall
 from regrpo.tools.custom import CustomTool
 from regrpo.tools.observation import Observation, Status
@@ -28,8 +29,9 @@ _MAX_STARTS = 3
 class Sandbox:
     """One persistent worker process for tool calls, as a context manager.
 
-    A call gets `timeout_s` seconds of wall clock, the worker `memory_mb` MiB of address space, and
-    an observation at most `max_output_chars` characters. Not for use by two threads at a time.
+    A call gets `timeout_s` seconds of processor time, and five times that by the clock; the worker
+    `memory_mb` MiB of address space, and an observation at most `max_output_chars` characters. Not
+    for use by two threads at a time.
 
     It runs the tools of `regrpo.tools` and copies of those given as `tools`, which may import what
     is on this process's `sys.path`.
@@ -157,7 +159,7 @@ class _Worker:
         self._selector.register(self._stdout, selectors.EVENT_READ)
         self._lines: list[bytes] = []  # complete answers, newest first
         self._rest = b""
-        self._wait_s = limits[0] + _GRACE_S
+        self._wait_s = WALL_FACTOR * limits[0] + _GRACE_S
         self.accepted = False
         self.pid = self._process.pid
         try:
@@ -218,7 +220,7 @@ class _Worker:
         code = self._process.wait()
         last_words = self._stderr.read().decode(errors="replace").strip().splitlines()
         self.kill()
-        if timed_out or code == -signal.SIGALRM:
+        if timed_out or code in (-signal.SIGPROF, -signal.SIGALRM):
             return _WorkerEndedError("a timeout", timed_out=True)
         if code < 0:
             return _WorkerEndedError(signal.Signals(-code).name, timed_out=False)

@@ -5,6 +5,7 @@ import random
 import pytest
 from runs import metrics_of, rl_config
 
+from regrpo.config import TriggerConfig
 from regrpo.modeling import load_model
 from regrpo.offline import Script
 from regrpo.own_states import own_states, states_of
