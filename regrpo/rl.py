@@ -19,17 +19,24 @@ from dataclasses import replace
 import torch
 from rich.progress import Progress
 
+from regrpo.advantages import advantages_of, choose, group_ids
 from regrpo.config import TrainConfig
 from regrpo.data_engine.build import demonstrate, local_starts
 from regrpo.environment import Environment
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
+from regrpo.options.clip_bounds import adaptive_bounds
+from regrpo.options.demonstrations import demonstration_tokens, hard_states
+from regrpo.options.refinements import join_refinements, shaped_slope
+from regrpo.options.replay import join_replays
+from regrpo.options.resampling import Group, resample
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate
 from regrpo.rollout import Trajectory, run
 from regrpo.sampling import LocalPolicy
+from regrpo.sft import NLL
 from regrpo.trainer import Run, mean
 from regrpo.trajectory import Start
-from regrpo_kernels import Objective, ReflectionAdvantages, reflection_advantages
+from regrpo_kernels import Objective, ReflectionAdvantages
 
 
 def sample_starts(config: TrainConfig, environment: Environment, step: int) -> list[Start]:
@@ -40,41 +47,22 @@ def sample_starts(config: TrainConfig, environment: Environment, step: int) -> l
     return local_starts(demonstrations, rng, forced_share=config.forced_share)
 
 
-def advantages_of(
-    trajectories: Sequence[Trajectory], batch: PackedBatch, config: TrainConfig
-) -> ReflectionAdvantages:
-    """Rewards and group advantages; trajectories of a group are consecutive."""
-    reward = config.reward
-    return reflection_advantages(
-        torch.tensor([float(t.success) for t in trajectories]),
-        batch.segment_ids,
-        batch.cu_seqlens,
-        config.group_size,
-        lambda_exec=reward.lambda_exec,
-        eta=reward.eta,
-        tokens_per_cost=reward.tokens_per_cost,
-        scale=reward.scale,
-        min_std=reward.min_std,
-        clip=reward.clip,
-    )
-
-
-def groups_with_variance(result: ReflectionAdvantages, group_size: int) -> torch.Tensor:
-    """bool [groups]: whether a group's trajectories differ in advantage."""
-    return result.advantages.view(-1, group_size).abs().amax(1) > 0
-
-
 def rollout_metrics(
-    trajectories: Sequence[Trajectory], result: ReflectionAdvantages, group_size: int
+    trajectories: Sequence[Trajectory], result: ReflectionAdvantages, groups: Sequence[int]
 ) -> dict[str, float]:
-    """What the sampled trajectories of an update did."""
-    corrected = [t for t in trajectories if t.turns[-1].correction]
-    free = [t for t in trajectories if not t.start.failed]
-    spread = groups_with_variance(result, group_size)
+    """What the sampled trajectories of an update did; without what joined their groups."""
+    own = [i for i, t in enumerate(trajectories) if t.origin == "policy"]
+    sampled = [trajectories[i] for i in own]
+    corrected = [t for t in sampled if t.turns[-1].correction]
+    free = [t for t in sampled if not t.start.failed]
+    outcomes: dict[int, set[bool]] = {}
+    for i in own:
+        outcomes.setdefault(groups[i], set()).add(trajectories[i].success)
+    rewards = result.rewards[own]
     return {
-        "reward/mean": result.rewards.mean().item(),
-        "reward/std": result.rewards.std().item(),
-        "success": mean(t.success for t in trajectories),
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std().item(),
+        "success": mean(t.success for t in sampled),
         "success/first_try": mean(t.success and not t.turns[-1].correction for t in free),
         "recovery": mean(t.success for t in corrected),
         "reflection/tokens": mean(t.reflection_tokens for t in corrected),
@@ -82,7 +70,8 @@ def rollout_metrics(
             any(turn.reflection_tokens and not turn.correction for turn in t.turns) for t in free
         ),
         "completion/tokens": result.loss_mask.sum().item() / len(trajectories),
-        "groups/with_variance": spread.float().mean().item(),
+        "groups/all_succeeded": mean(seen == {True} for seen in outcomes.values()),
+        "groups/all_failed": mean(seen == {False} for seen in outcomes.values()),
     }
 
 
@@ -96,8 +85,10 @@ class Learner:
     def __init__(self, model: CausalLM, config: TrainConfig):
         self.model = model
         self.config = config
+        ratio_level = config.options.ratio_level
         self.objective = Objective(
             policy="clip",
+            ratio_level="token" if ratio_level == "token" else "sequence",
             epsilon_low=config.epsilon_low,
             epsilon_high=config.epsilon_high,
             beta=config.beta,
@@ -123,20 +114,79 @@ class Learner:
                 parameter.data = data
 
     @torch.no_grad()
+    def log_probs(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probabilities [T] of the trained tokens, now."""
+        hidden = hidden_states(self.model, batch)
+        return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
+
     def reference_log_probs(self, batch: PackedBatch) -> torch.Tensor | None:
         """Log-probabilities [T] under the reference; None where no KL is asked for."""
         if self.config.beta == 0:
             return None
         with self._reference():
-            hidden = hidden_states(self.model, batch)
-            return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
+            return self.log_probs(batch)
+
+    def adapt_clipping(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
+        """Sets the clip bounds for what the policy makes of an update's tokens now."""
+        config, options = self.config, self.config.options
+        if options.clip_target is None or not packs:
+            return {}
+        ratios, advantages = [], []
+        for batch in packs:
+            assert batch.old_log_probs is not None
+            assert batch.advantages is not None
+            ratios.append((self.log_probs(batch) - batch.old_log_probs)[batch.loss_mask])
+            advantages.append(batch.advantages[batch.loss_mask])
+        bounds = adaptive_bounds(
+            torch.cat(ratios),
+            torch.cat(advantages),
+            low=1 - config.epsilon_low,
+            high=1 + config.epsilon_high,
+            low_max=options.clip_low_max,
+            high_max=options.clip_high_max,
+            step=options.clip_step,
+            target=options.clip_target,
+        )
+        self.objective = replace(
+            self.objective, epsilon_low=1 - bounds.low, epsilon_high=bounds.high - 1
+        )
+        return {f"clip_bounds/{name}": value for name, value in bounds._asdict().items()}
 
     def backward(self, batch: PackedBatch, normalizer: float) -> dict[str, float]:
         """Accumulates the gradient of one pack; returns the loss's metrics."""
         hidden = hidden_states(self.model, batch)
-        out = policy_loss(hidden, *head(self.model), batch, self.objective, normalizer)
+        by_segment = self.config.options.ratio_level == "segment"
+        out = policy_loss(
+            hidden, *head(self.model), batch, self.objective, normalizer, by_segment=by_segment
+        )
         out.loss.backward()
         return {"loss": out.loss.item(), **{k: v.item() for k, v in out.metrics.items()}}
+
+    def backward_refinements(self, batch: PackedBatch, normalizer: float) -> None:
+        """Accumulates the gradient of refinements, by their shaped ratio."""
+        assert batch.advantages is not None
+        hidden = hidden_states(self.model, batch)
+        temperature = self.config.temperature
+        now = packed_log_probs(hidden, *head(self.model), batch, temperature)
+        shaped = batch.advantages * shaped_slope(now, self.config.options.refinement_gamma)
+        objective = replace(self.objective, policy="reinforce", ratio_level="token", beta=0.0)
+        batch = replace(batch, advantages=shaped, ref_log_probs=None)
+        policy_loss(hidden, *head(self.model), batch, objective, normalizer).loss.backward()
+
+    def backward_demonstrations(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
+        """Accumulates the gradient of demonstrations; returns their metrics."""
+        weight = self.config.options.demonstration_weight
+        if weight == 0:
+            return {}
+        count = float(sum(batch.loss_mask.sum().item() for batch in packs))
+        total = 0.0
+        for batch in packs:
+            hidden = hidden_states(self.model, batch)
+            loss = policy_loss(hidden, *head(self.model), batch, NLL, count / weight).loss
+            loss.backward()
+            total += loss.item()
+        sequences = sum(len(batch.cu_seqlens) - 1 for batch in packs)
+        return {"demonstration/count": sequences, "demonstration/nll": total / weight}
 
 
 def run_rl(config: TrainConfig, environment: Environment, progress: Progress | None = None) -> str:
@@ -161,10 +211,8 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         while training.step < config.steps:
             began = time.perf_counter()
             policy.generator.manual_seed(1_000_003 * config.seed + training.step)
-            starts = sample_starts(config, environment, training.step)
-            groups = [start for start in starts for _ in range(config.group_size)]
-            trajectories = run(policy, environment, groups, reflect=config.reflect, whole=False)
-            metrics = update(training, learner, trajectories)
+            trajectories, groups, sampling = sample(training, policy, environment, config)
+            metrics = update(training, learner, trajectories, groups) | sampling
             metrics["time/step_s"] = time.perf_counter() - began
             training.log(metrics)
             training.finish_step(config.save_every)
@@ -175,39 +223,122 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         return str(training.model_path)
 
 
-def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """One update from the trajectories of whole groups."""
+def sample(
+    training: Run, policy: LocalPolicy, environment: Environment, config: TrainConfig
+) -> tuple[list[Trajectory], list[int], dict[str, float]]:
+    """The trajectories of an update, with all that options add; their groups' ids; and metrics."""
+    options, size = config.options, config.group_size
+    step = training.step % options.repeat_after if options.repeat_after else training.step
+
+    def draw(number: int, count: int | None) -> list[Group]:
+        # States behind those of the run's own steps, so no round meets a state again.
+        starts = sample_starts(config, environment, number * config.steps + step)[:count]
+        repeated = [start for start in starts for _ in range(size)]
+        trajectories = run(policy, environment, repeated, reflect=config.reflect, whole=False)
+        return [trajectories[i : i + size] for i in range(0, len(trajectories), size)]
+
+    groups, metrics = draw(0, None), dict[str, float]()
+    if config.zero_variance == "resample":
+        groups, more = resample(groups, draw, config.resample_rounds)
+        metrics |= more
+    if options.replay > 0:
+        entries = training.extra.setdefault("replay", [])
+        groups, more = join_replays(groups, entries, options.replay)
+        metrics |= more
+    if options.refinements > 0:
+        groups, more = join_refinements(
+            groups, policy, environment, attempts=options.refinements, reflect=config.reflect
+        )
+        metrics |= more
+    ids = [index for index, group in enumerate(groups) for _ in group]
+    return [t for group in groups for t in group], ids, metrics
+
+
+def update(
+    training: Run,
+    learner: Learner,
+    trajectories: Sequence[Trajectory],
+    groups: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """One update from the trajectories of whole groups; returns its metrics.
+
+    Args:
+        groups: ids of the trajectories' groups, equal ones side by side; None for consecutive
+            groups of ``group_size``.
+    """
     config = learner.config
-    tokens = [t.tokens for t in trajectories]
-    full = collate(tokens, with_old_log_probs=True)
-    result = advantages_of(trajectories, full, config)
-    metrics = rollout_metrics(trajectories, result, config.group_size)
-    starts = full.cu_seqlens.tolist()
-    used = list(range(len(tokens)))
-    live = groups_with_variance(result, config.group_size)
-    if config.skip_zero_variance and live.any():
-        used = live.repeat_interleave(config.group_size).nonzero().squeeze(1).tolist()
-    packs = []
-    for pack in best_fit_decreasing([len(tokens[i]) for i in used], config.batch_tokens):
-        indices = [used[i] for i in pack]
-        batch = collate([tokens[i] for i in indices], with_old_log_probs=True)
-        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
-        batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
-        packs.append(replace(batch, ref_log_probs=learner.reference_log_probs(batch)))
-    count = float(full.loss_mask.sum())
+    groups = groups or group_ids(len(trajectories), config.group_size)
+    full = collate([t.tokens for t in trajectories], with_old_log_probs=True)
+    result, reward_metrics = advantages_of(trajectories, full, config, groups)
+    choice = choose(result, full, groups, config)
+    metrics = rollout_metrics(trajectories, result, groups) | reward_metrics | choice.metrics
+
+    def packs_from(*origins: str) -> list[PackedBatch]:
+        indices = [i for i in choice.used if trajectories[i].origin in origins]
+        packs = pack_chosen(indices, trajectories, full, result, config.batch_tokens)
+        return [batch.to(training.device) for batch in packs]
+
+    packs, refined = packs_from("policy", "replay"), packs_from("refinement")
+    packs = [replace(b, ref_log_probs=learner.reference_log_probs(b)) for b in packs]
+    demonstrations = pack_demonstrations(training, trajectories, groups, config)
     # What the mean is over, in the whole update: its packs add up to the same gradient.
-    normalizer = count if config.loss_agg_mode == "token-mean" else float(len(trajectories))
+    trained = torch.tensor([t.trained_tokens for t in trajectories])[choice.kept].sum().item()
+    normalizer = float(trained if config.loss_agg_mode == "token-mean" else len(choice.kept))
     for _ in range(config.epochs):
+        metrics |= learner.adapt_clipping(packs)
         parts = [learner.backward(batch, normalizer) for batch in packs]
+        for batch in refined:
+            learner.backward_refinements(batch, normalizer)
+        metrics |= learner.backward_demonstrations(demonstrations)
         metrics["grad_norm"] = training.update()
-    metrics["loss"] = sum(part.pop("loss") for part in parts)
+    return metrics | mean_metrics(parts, packs) | {"lr": training.lr}
+
+
+def pack_chosen(
+    indices: Sequence[int],
+    trajectories: Sequence[Trajectory],
+    full: PackedBatch,
+    result: ReflectionAdvantages,
+    batch_tokens: int,
+) -> list[PackedBatch]:
+    """Packs of some of the trajectories of ``full``, with their advantages."""
+    starts = full.cu_seqlens.tolist()
+    packs = []
+    for pack in best_fit_decreasing([len(trajectories[i].tokens) for i in indices], batch_tokens):
+        chosen = [indices[i] for i in pack]
+        batch = collate([trajectories[i].tokens for i in chosen], with_old_log_probs=True)
+        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
+        packs.append(replace(batch, advantages=result.token_advantages[rows]))
+    return packs
+
+
+def pack_demonstrations(
+    training: Run, trajectories: Sequence[Trajectory], groups: Sequence[int], config: TrainConfig
+) -> list[PackedBatch]:
+    """Packs of demonstrations for the states in which no trajectory succeeded."""
+    if config.options.demonstration_weight == 0:
+        return []
+    shown = [
+        demonstration_tokens(training.tokenizer, start, reflect=config.reflect)
+        for start in hard_states(trajectories, groups)
+    ]
+    packs = best_fit_decreasing([len(tokens) for tokens in shown], config.batch_tokens)
+    return [collate([shown[i] for i in pack]).to(training.device) for pack in packs]
+
+
+def mean_metrics(
+    parts: Sequence[dict[str, float]], packs: Sequence[PackedBatch]
+) -> dict[str, float]:
+    """Of the packs of an update: losses add up, others are means over trained tokens, or bounds."""
+    if not parts:  # what joined a group was all that was chosen of it
+        return {"loss": 0.0}
     trained = [float(batch.loss_mask.sum()) for batch in packs]
-    for name in parts[0]:
+    metrics = {"loss": sum(part["loss"] for part in parts)}
+    for name in parts[0].keys() - {"loss"}:
         values = [part[name] for part in parts]
         if name.endswith(("/min", "/max")):
             metrics[name] = min(values) if name.endswith("/min") else max(values)
         else:
             weighted = sum(v * n for v, n in zip(values, trained, strict=True))
             metrics[name] = weighted / sum(trained)
-    metrics["lr"] = training.lr
     return metrics

@@ -43,7 +43,10 @@ class TurnRecord:
 
 @dataclass
 class Trajectory:
-    """A finished local trajectory or episode, as tokens and as turns."""
+    """A finished local trajectory or episode, as tokens and as turns.
+
+    ``origin``: "policy", or what joined a group afterwards: "replay" or "refinement".
+    """
 
     start: Start
     tokens: TokenizedTrajectory = field(default_factory=TokenizedTrajectory)
@@ -53,10 +56,15 @@ class Trajectory:
     done: bool = False
     success: bool = False
     answer: str | None = None
+    origin: str = "policy"
 
     @property
     def reflection_tokens(self) -> int:
         return self.tokens.count(Segment.REFLECTION)
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.tokens.count(Segment.ACTION) + self.reflection_tokens
 
 
 def task_start(task: Task) -> Start:

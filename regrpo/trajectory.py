@@ -17,6 +17,8 @@ class Start:
         expected: the observation of the reference call at ``step`` (local trajectories).
         failed: the conversation ends in a forced failure, so the next turn is the correction.
         error_type: of that failure.
+        demonstration: executed turns that go on from here and end in the right call; empty where
+            there are none.
     """
 
     task: Task
@@ -25,3 +27,4 @@ class Start:
     expected: str = ""
     failed: bool = False
     error_type: str | None = None
+    demonstration: tuple[Message, ...] = ()

@@ -42,7 +42,7 @@ CASES = [
     (sft, {"steps": 0}, "steps: got 0"),
     (sft, {"save_every": 0}, "save_every: got 0"),
     (sft, {"max_length": 9000}, "max_length: got 9000; expected at most batch_tokens=4096"),
-    (RewardConfig, {"scale": "batch"}, "scale: got 'batch'; expected none or group"),
+    (RewardConfig, {"scale": "std"}, "scale: got 'std'; expected none, group or batch"),
     (RewardConfig, {"tokens_per_cost": 0.0}, "tokens_per_cost: got 0.0"),
     (RewardConfig, {"clip": 0.0}, "clip: got 0.0"),
     (RewardConfig, {"min_std": -1.0}, "min_std: got -1.0"),
