@@ -70,28 +70,26 @@ def _spans(text: str, size: int) -> Counter[tuple[str, ...]]:
 def plan_score(plan: str, failed: ToolCall | None, corrected: ToolCall) -> float:
     """Share of what the corrected call changed that the FixPlan names.
 
-    What changed is the words of the arguments that the failed call did not have, and the name of
-    the tool if it is another one, or if words were only dropped. 0 if nothing changed; ``failed``
-    is None where the failed turn held no call, and everything is new.
+    What changed is the name of the tool if it is another one. Otherwise it is the words that are
+    new in each argument that is not what it was, all of an argument's if none is new; and the name
+    of the tool if arguments were only dropped. 0 if nothing changed. ``failed`` is None where the
+    failed turn held no call.
     """
     if failed == corrected:
         return 0.0
-    before = Counter() if failed is None else _argument_words(failed)
-    changed = set(_argument_words(corrected) - before)
-    if failed is None or failed.name != corrected.name or not changed:
-        changed.add(corrected.name.casefold())
+    changed: set[str] = set()
+    if failed is not None and failed.name == corrected.name:
+        before = _arguments(failed)
+        for key, value in _arguments(corrected).items():
+            if key not in before or before[key] != value:
+                words = set(_words(str(value)))
+                changed |= words - set(_words(str(before.get(key, "")))) or words
+    changed = changed or {corrected.name.casefold()}
     return len(changed & set(_words(plan))) / len(changed)
 
 
-def _argument_words(call: ToolCall) -> Counter[str]:
-    def words(value: Any) -> list[str]:
-        if isinstance(value, dict):
-            return [w for item in value.items() for part in item for w in words(part)]
-        if isinstance(value, (list, tuple)):
-            return [w for part in value for w in words(part)]
-        return _words(str(value))
-
-    return Counter(words([*call.args, *call.kwargs.values()]))
+def _arguments(call: ToolCall) -> dict[int | str, Any]:
+    return {**dict(enumerate(call.args)), **call.kwargs}
 
 
 def _parsed(text: str) -> Turn | None:
