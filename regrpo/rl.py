@@ -69,7 +69,7 @@ def rollout_metrics(
         "reflection/unneeded": mean(
             any(turn.reflection_tokens and not turn.correction for turn in t.turns) for t in free
         ),
-        "completion/tokens": result.loss_mask.sum().item() / len(trajectories),
+        "completion/tokens": mean(t.trained_tokens for t in sampled),
         "groups/all_succeeded": mean(seen == {True} for seen in outcomes.values()),
         "groups/all_failed": mean(seen == {False} for seen in outcomes.values()),
     }
@@ -211,7 +211,7 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         while training.step < config.steps:
             began = time.perf_counter()
             policy.generator.manual_seed(1_000_003 * config.seed + training.step)
-            trajectories, groups, sampling = sample(training, policy, environment, config)
+            trajectories, groups, sampling = sample_groups(training, policy, environment, config)
             metrics = update(training, learner, trajectories, groups) | sampling
             metrics["time/step_s"] = time.perf_counter() - began
             training.log(metrics)
@@ -223,7 +223,7 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         return str(training.model_path)
 
 
-def sample(
+def sample_groups(
     training: Run, policy: LocalPolicy, environment: Environment, config: TrainConfig
 ) -> tuple[list[Trajectory], list[int], dict[str, float]]:
     """The trajectories of an update, with all that options add; their groups' ids; and metrics."""
@@ -282,8 +282,8 @@ def update(
     packs = [replace(b, ref_log_probs=learner.reference_log_probs(b)) for b in packs]
     demonstrations = pack_demonstrations(training, trajectories, groups, config)
     # What the mean is over, in the whole update: its packs add up to the same gradient.
-    trained = torch.tensor([t.trained_tokens for t in trajectories])[choice.kept].sum().item()
-    normalizer = float(trained if config.loss_agg_mode == "token-mean" else len(choice.kept))
+    count = sum(trajectories[i].trained_tokens for i in choice.kept)
+    normalizer = float(count if config.loss_agg_mode == "token-mean" else len(choice.kept))
     for _ in range(config.epochs):
         metrics |= learner.adapt_clipping(packs)
         parts = [learner.backward(batch, normalizer) for batch in packs]
@@ -334,7 +334,9 @@ def mean_metrics(
         return {"loss": 0.0}
     trained = [float(batch.loss_mask.sum()) for batch in packs]
     metrics = {"loss": sum(part["loss"] for part in parts)}
-    for name in parts[0].keys() - {"loss"}:
+    for name in parts[0]:
+        if name == "loss":
+            continue
         values = [part[name] for part in parts]
         if name.endswith(("/min", "/max")):
             metrics[name] = min(values) if name.endswith("/min") else max(values)

@@ -126,7 +126,7 @@ class Run:
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
-        self.extra = state["extra"]
+        self.extra = state.get("extra", {})  # older checkpoints have none
         # Steps behind the checkpoint are done again; their metrics come again with them.
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
