@@ -89,7 +89,9 @@ def plan_score(plan: str, failed: ToolCall | None, corrected: ToolCall) -> float
 
 
 def _arguments(call: ToolCall) -> dict[int | str, Any]:
-    return {**dict(enumerate(call.args)), **call.kwargs}
+    arguments: dict[int | str, Any] = dict(enumerate(call.args))
+    arguments.update(call.kwargs)
+    return arguments
 
 
 def _parsed(text: str) -> Turn | None:
