@@ -336,31 +336,55 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """R = lambda_exec * success - eta * reflection tokens / tokens_per_cost; group advantages of R.
+    """R = lambda_exec * success - eta * reflection tokens / tokens_per_cost + lambda_val * V.
+
+    V is the training-time verifier of ``regrpo.rewards``; advantages are those of R in its group.
 
     Args:
         lambda_exec: weight of executed success.
         eta: weight of the reflection cost.
         tokens_per_cost: reflection tokens that cost one unit.
-        baseline: what a reward is compared with: "mean" of its group, "leave_one_out", or "none".
-        scale: "none", or "group" to divide by the group's standard deviation.
-        min_std: floor of that standard deviation.
+        lambda_val: weight of the verifier inside the reward.
+        alpha: two-stream advantages instead, A_out + alpha * A_V: outcome and verifier are
+            normalised (and clipped) apart; null for one stream.
+        baseline: what a reward is compared with: "mean" of its group, "leave_one_out" (the mean of
+            the others), or "none".
+        scale: divide by the standard deviation of the "group", of the "batch", or not at all:
+            "none".
+        min_std: floor of that standard deviation, in units of reward: where all succeed, the
+            differences in cost stay small.
         clip: advantages are clipped to [-clip, clip].
     """
 
     lambda_exec: float = 1.0
     eta: float = 0.1
     tokens_per_cost: float = 100.0
+    lambda_val: float = 0.0
+    alpha: float | None = None
     baseline: str = "mean"
     scale: str = "none"
-    min_std: float = 0.0
+    min_std: float = 0.1
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
         _require(self.tokens_per_cost > 0, "tokens_per_cost", self.tokens_per_cost, "positive")
-        baselines = ("mean", "leave_one_out", "none")
-        _require(self.baseline in baselines, "baseline", self.baseline, " or ".join(baselines))
-        _require(self.scale in ("none", "group"), "scale", self.scale, "none or group")
+        _require(self.lambda_val >= 0, "lambda_val", self.lambda_val, "0 or more")
+        _require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "positive, or null")
+        # With alpha the verifier would count twice.
+        _require(
+            self.alpha is None or self.lambda_val == 0,
+            "lambda_val",
+            self.lambda_val,
+            "0 with alpha",
+        )
+        _require(
+            self.baseline in ("mean", "leave_one_out", "none"),
+            "baseline",
+            self.baseline,
+            "mean, leave_one_out or none",
+        )
+        scales = ("none", "group", "batch")
+        _require(self.scale in scales, "scale", self.scale, "none, group or batch")
         _require(self.min_std >= 0, "min_std", self.min_std, "0 or more")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "positive, or null")
 
@@ -400,6 +424,98 @@ class TriggerConfig:
 
 
 @dataclass(frozen=True)
+class OptionsConfig:
+    """Options from neighbouring work, all off by default; ``regrpo.options`` has the formulas.
+
+    Args:
+        ratio_level: what has one clipped ratio: a "token", a "sequence" (GSPO), or a "segment",
+            each reflection and each action apart.
+        clip_target: adaptive clip bounds (BAPO): least share of the gradient that comes from
+            positive advantages; null for the fixed bounds.
+        clip_high_max: the upper bound of the ratio may go up to this.
+        clip_low_max: the lower bound of the ratio may go up to this.
+        clip_step: by how much a bound moves at a time.
+        step_weight: weight of step-level advantages among turns in the same anchor state (GiGPO).
+        step_gamma: discount of the reward a turn further back.
+        demonstration_weight: weight of the NLL of executed demonstrations for states in which no
+            trajectory succeeded (ReLIFT).
+        penalty: most that reflecting and writing at length takes off a success, in successes
+            (ARLCP).
+        penalty_thresholds: reflection tokens up to which the reflection's part of the penalty is a
+            quarter, and a half; beyond, three quarters.
+        keep: trajectories a group that are trained on, those of greatest variance (D3S); null for
+            all.
+        replay: earlier trajectories that are kept, to join groups of the same state whose outcomes
+            are all the same (R3).
+        repeat_after: the states of an update come again this many updates later; null for never.
+        refinements: further corrections that are sampled for a group without a success
+            (Critique-GRPO).
+        refinement_gamma: gamma of their shaped ratio p / (p + gamma).
+    """
+
+    ratio_level: str = "token"
+    clip_target: float | None = None
+    clip_high_max: float = 3.0
+    clip_low_max: float = 0.9
+    clip_step: float = 0.05
+    step_weight: float = 0.0
+    step_gamma: float = 1.0
+    demonstration_weight: float = 0.0
+    penalty: float = 0.0
+    penalty_thresholds: tuple[int, int] = (40, 80)
+    keep: int | None = None
+    replay: int = 0
+    repeat_after: int | None = None
+    refinements: int = 0
+    refinement_gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        levels = ("token", "sequence", "segment")
+        for name, holds, expected in (
+            ("ratio_level", self.ratio_level in levels, "token, sequence or segment"),
+            (
+                "clip_target",
+                self.clip_target is None or 0 < self.clip_target < 1,
+                "between 0 and 1, or null",
+            ),
+            # The bounds are found with token ratios.
+            (
+                "clip_target",
+                self.clip_target is None or self.ratio_level == "token",
+                f"null with ratio_level={self.ratio_level}",
+            ),
+            ("clip_high_max", self.clip_high_max > 1, "more than 1"),
+            ("clip_low_max", 0 < self.clip_low_max < 1, "between 0 and 1"),
+            ("clip_step", self.clip_step > 0, "a positive number"),
+            ("step_weight", self.step_weight >= 0, "0 or more"),
+            ("step_gamma", 0 < self.step_gamma <= 1, "above 0, at most 1"),
+            ("demonstration_weight", self.demonstration_weight >= 0, "0 or more"),
+            ("penalty", self.penalty >= 0, "0 or more"),
+            (
+                "penalty_thresholds",
+                0 <= self.penalty_thresholds[0] <= self.penalty_thresholds[1],
+                "0 <= first <= second",
+            ),
+            ("keep", self.keep is None or self.keep > 1, "2 or more, or null"),
+            ("replay", self.replay >= 0, "0 or more"),
+            # Without a state that comes again nothing could be replayed.
+            (
+                "replay",
+                self.replay == 0 or self.repeat_after is not None,
+                "0 without options.repeat_after",
+            ),
+            (
+                "repeat_after",
+                self.repeat_after is None or self.repeat_after > 0,
+                "1 or more, or null",
+            ),
+            ("refinements", self.refinements >= 0, "0 or more"),
+            ("refinement_gamma", self.refinement_gamma > 0, "a positive number"),
+        ):
+            _require(holds, f"options.{name}", getattr(self, name), expected)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """ReGRPO: on-policy on local trajectories or episodes, or offline on fixed candidates.
 
@@ -422,8 +538,10 @@ class TrainConfig:
         own_states_share: share of the states that are turns of whole episodes that the policy runs
             first; needs mode "local".
         max_steps: of an episode: tool calls, corrections not counted.
-        skip_zero_variance: leave groups without any advantage out of the update; what they would
-            add is the KL term.
+        zero_variance: groups without any advantage: "keep" them (what they add is the KL term),
+            "skip" them, or "resample": draw new states for groups that all succeed or all fail,
+            and skip what is left.
+        resample_rounds: draws of new states an update, at most.
         epochs: passes over the trajectories of an update.
         batch_tokens: tokens of one forward and backward pass, at most; an update adds them up.
         temperature: of sampling and of the loss.
@@ -439,6 +557,7 @@ class TrainConfig:
             depend on the reference and holds nothing near it; needs policy "reinforce".
         loss_agg_mode: how token losses are averaged.
         reward: the reward.
+        options: options from neighbouring work.
         optim: the optimizer.
         lora: adapter settings.
         save_every: updates between checkpoints.
@@ -458,7 +577,8 @@ class TrainConfig:
     forced_share: float = 0.4
     own_states_share: float = 0.0
     max_steps: int = 6
-    skip_zero_variance: bool = True
+    zero_variance: str = "skip"
+    resample_rounds: int = 3
     epochs: int = 1
     batch_tokens: int = 16384
     temperature: float = 1.0
@@ -470,6 +590,7 @@ class TrainConfig:
     kl_estimator: str = "k3"
     loss_agg_mode: str = "token-mean"
     reward: RewardConfig = field(default_factory=RewardConfig)
+    options: OptionsConfig = field(default_factory=OptionsConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     lora: LoraSettings = field(default_factory=LoraSettings)
     save_every: int = 25
@@ -480,6 +601,25 @@ class TrainConfig:
         _require(self.states > 0, "states", self.states, "1 or more")
         _require(self.group_size > 1, "group_size", self.group_size, "2 or more")
         _require(0 <= self.forced_share <= 1, "forced_share", self.forced_share, "between 0 and 1")
+        choices = ("keep", "skip", "resample")
+        _require(
+            self.zero_variance in choices,
+            "zero_variance",
+            self.zero_variance,
+            "keep, skip or resample",
+        )
+        rounds = self.resample_rounds
+        _require(rounds > 0, "resample_rounds", rounds, "1 or more")
+        keep, mode = self.options.keep, self.loss_agg_mode
+        size = self.group_size
+        _require(keep is None or keep <= size, "options.keep", keep, f"at most group_size={size}")
+        # Its weights are those of the sequences that have one ratio each.
+        _require(
+            self.options.ratio_level != "segment" or mode != "seq-mean-token-mean",
+            "loss_agg_mode",
+            mode,
+            "another one with options.ratio_level=segment",
+        )
         _require(self.epochs > 0, "epochs", self.epochs, "1 or more")
         _require(self.temperature > 0, "temperature", self.temperature, "a positive number")
         _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
@@ -519,6 +659,15 @@ class TrainConfig:
             _require(known, "candidates", names, f"different ones of {', '.join(CANDIDATES)}")
             needed = f"the number of candidates, {len(names)}, with mode offline"
             _require(self.group_size == len(names), "group_size", self.group_size, needed)
+            for name, value, off in (
+                ("zero_variance", self.zero_variance == "resample", "keep or skip"),
+                ("trigger.confidence_margin", self.trigger.confidence_margin, "null"),
+                ("options.replay", self.options.replay, "0"),
+                ("options.refinements", self.options.refinements, "0"),
+                ("options.clip_target", self.options.clip_target, "null"),
+                ("options.ratio_level", self.options.ratio_level != "token", "token"),
+            ):
+                _require(not value, name, value, f"{off} with mode offline, which samples nothing")
 
 
 @dataclass(frozen=True)

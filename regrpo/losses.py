@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from regrpo.options.segment_ratios import segment_bounds
 from regrpo.packing import PackedBatch
 from regrpo_kernels import LossOutput, Objective, grpo_loss, token_log_probs
 
@@ -21,6 +22,8 @@ def policy_loss(
     batch: PackedBatch,
     objective: Objective,
     normalizer: float | torch.Tensor | None,
+    *,
+    by_segment: bool = False,
 ) -> LossOutput:
     """The objective over the trained tokens of a packed batch.
 
@@ -29,9 +32,15 @@ def policy_loss(
         normalizer: trained tokens (or sequences, by ``objective.loss_agg_mode``) of the whole
             update, so that the gradient does not depend on how it is split into packs; None for
             those of this batch.
+        by_segment: the sequences that have one ratio each (``ratio_level="sequence"``) are the
+            segments of ``regrpo.options.segment_ratios``.
     """
     rows = batch.loss_mask.nonzero().squeeze(1)
-    trained_before = F.pad(batch.loss_mask.cumsum(0), (1, 0))
+    if by_segment:
+        cu_seqlens = segment_bounds(rows, batch.segment_ids)
+    else:
+        trained_before = F.pad(batch.loss_mask.cumsum(0), (1, 0))
+        cu_seqlens = trained_before.index_select(0, batch.cu_seqlens.long()).to(torch.int32)
     select = [
         None if x is None else x.index_select(0, rows)
         for x in (batch.advantages, batch.old_log_probs, batch.ref_log_probs)
@@ -42,7 +51,7 @@ def policy_loss(
         select[0],
         old_log_probs=select[1],
         ref_log_probs=select[2],
-        cu_seqlens=trained_before.index_select(0, batch.cu_seqlens.long()).to(torch.int32),
+        cu_seqlens=cu_seqlens,
         objective=objective,
         normalizer=normalizer,
         inplace=True,

@@ -17,7 +17,6 @@ the adapter off).
 """
 
 import contextlib
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,139 +24,39 @@ from dataclasses import replace
 import torch
 from rich.progress import Progress
 
-from regrpo.confidence import with_confidences
+from regrpo.advantages import advantages_of, choose, group_ids
+from regrpo.collect import collect
 from regrpo.config import TrainConfig
-from regrpo.data_engine.build import demonstrate, local_starts
 from regrpo.environment import Environment
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
-from regrpo.offline import offline_trajectories
-from regrpo.own_states import own_states
+from regrpo.options.clip_bounds import adaptive_bounds
+from regrpo.options.demonstrations import demonstration_tokens, hard_states
+from regrpo.options.refinements import shaped_slope
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate
-from regrpo.rollout import Trajectory, run, task_start
+from regrpo.rollout import Trajectory
 from regrpo.sampling import LocalPolicy
+from regrpo.sft import NLL
 from regrpo.trainer import Run, mean
-from regrpo.trajectory import Start
-from regrpo_kernels import Objective, ReflectionAdvantages, reflection_advantages
-
-
-def sample_starts(config: TrainConfig, environment: Environment, step: int) -> list[Start]:
-    """The states of one update: a function of configuration and step, so a resumed run agrees."""
-    tasks = config.tasks.generate(config.states, first=step * config.states)
-    demonstrations, _ = demonstrate(environment, tasks, seed=config.seed)
-    rng = random.Random(f"{config.seed}-{step}")
-    starts = local_starts(demonstrations, rng, forced_share=config.forced_share)
-    if config.mode == "episodes":
-        return [start if start.failed else task_start(start.task) for start in starts]
-    return starts
-
-
-def collect(
-    config: TrainConfig, policy: LocalPolicy, environment: Environment, step: int
-) -> tuple[list[Trajectory], dict[str, float]]:
-    """The trajectories of one update, groups consecutive, and metrics of how they came about."""
-    if config.mode == "offline":
-        return offline_trajectories(config, policy.chat, environment, step)
-    starts = sample_starts(config, environment, step)
-    metrics: dict[str, float] = {}
-    if config.own_states_share > 0:
-        starts, metrics = with_own_states(config, policy, environment, starts, step)
-    if config.trigger.confidence_margin is not None:
-        starts = with_confidences(
-            policy.model,
-            policy.chat.tokenizer,
-            starts,
-            temperature=config.temperature,
-            batch_tokens=config.batch_tokens,
-        )
-    groups = [start for start in starts for _ in range(config.group_size)]
-    whole = config.mode == "episodes"
-    trajectories = run(
-        policy,
-        environment,
-        groups,
-        reflect=config.reflect,
-        whole=whole,
-        max_steps=config.max_steps,
-        trigger=config.trigger,
-    )
-    return trajectories, metrics | (episode_metrics(trajectories) if whole else {})
-
-
-def with_own_states(
-    config: TrainConfig,
-    policy: LocalPolicy,
-    environment: Environment,
-    starts: list[Start],
-    step: int,
-) -> tuple[list[Start], dict[str, float]]:
-    """Replaces states that are not forced by states of the policy's own, and counts."""
-    rng = random.Random(f"{config.seed}-{step}-own")
-    share = config.own_states_share / (1 - config.forced_share)
-    chosen = [i for i, s in enumerate(starts) if not s.failed and rng.random() < share]
-    own = own_states(
-        policy,
-        environment,
-        [starts[i] for i in chosen],
-        rng,
-        reflect=config.reflect,
-        max_steps=config.max_steps,
-        trigger=config.trigger,
-    )
-    replaced = dict(zip(chosen, own.starts, strict=True))
-    return [replaced.get(i, start) for i, start in enumerate(starts)], {
-        "states/own": len(chosen) / len(starts),
-        "states/own_failed": mean(start.failed for start in own.starts),
-        "states/own_off_track": own.off_track / max(1, own.turns),
-    }
-
-
-def episode_metrics(episodes: Sequence[Trajectory]) -> dict[str, float]:
-    """How long the episodes were, how often they answered and reflected."""
-    reflections = [sum(turn.reflection_tokens > 0 for turn in t.turns) for t in episodes]
-    return {
-        "episode/turns": mean(len(t.turns) for t in episodes),
-        "episode/answered": mean(t.answer is not None for t in episodes),
-        "episode/reflections": mean(reflections),
-    }
-
-
-def advantages_of(
-    trajectories: Sequence[Trajectory], batch: PackedBatch, config: TrainConfig
-) -> ReflectionAdvantages:
-    """Rewards and group advantages; trajectories of a group are consecutive."""
-    reward = config.reward
-    return reflection_advantages(
-        torch.tensor([float(t.success) for t in trajectories]),
-        batch.segment_ids,
-        batch.cu_seqlens,
-        config.group_size,
-        lambda_exec=reward.lambda_exec,
-        eta=reward.eta,
-        tokens_per_cost=reward.tokens_per_cost,
-        baseline=reward.baseline,
-        scale=reward.scale,
-        min_std=reward.min_std,
-        clip=reward.clip,
-    )
-
-
-def groups_with_variance(result: ReflectionAdvantages, group_size: int) -> torch.Tensor:
-    """bool [groups]: whether a group's trajectories differ in advantage."""
-    return result.advantages.view(-1, group_size).abs().amax(1) > 0
+from regrpo_kernels import Objective, ReflectionAdvantages
 
 
 def rollout_metrics(
-    trajectories: Sequence[Trajectory], result: ReflectionAdvantages, group_size: int
+    trajectories: Sequence[Trajectory], result: ReflectionAdvantages, groups: Sequence[int]
 ) -> dict[str, float]:
-    """What the sampled trajectories of an update did."""
-    corrected = [t for t in trajectories if any(turn.correction for turn in t.turns)]
-    free = [t for t in trajectories if not t.start.failed]
-    spread = groups_with_variance(result, group_size)
+    """What the sampled trajectories of an update did; without what joined their groups."""
+    own = [i for i, t in enumerate(trajectories) if t.origin == "policy"]
+    sampled = [trajectories[i] for i in own]
+    corrected = [t for t in sampled if any(turn.correction for turn in t.turns)]
+    free = [t for t in sampled if not t.start.failed]
+    outcomes: dict[int, set[bool]] = {}
+    for i in own:
+        outcomes.setdefault(groups[i], set()).add(trajectories[i].success)
+    rewards = result.rewards[own]
     return {
-        "reward/mean": result.rewards.mean().item(),
-        "reward/std": result.rewards.std().item(),
-        "success": mean(t.success for t in trajectories),
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std().item(),
+        "success": mean(t.success for t in sampled),
         "success/first_try": mean(
             t.success and not any(turn.correction for turn in t.turns) for t in free
         ),
@@ -166,8 +65,9 @@ def rollout_metrics(
         "reflection/unneeded": mean(
             any(turn.reflection_tokens and not turn.correction for turn in t.turns) for t in free
         ),
-        "completion/tokens": result.loss_mask.sum().item() / len(trajectories),
-        "groups/with_variance": spread.float().mean().item(),
+        "completion/tokens": mean(t.trained_tokens for t in sampled),
+        "groups/all_succeeded": mean(seen == {True} for seen in outcomes.values()),
+        "groups/all_failed": mean(seen == {False} for seen in outcomes.values()),
     }
 
 
@@ -181,11 +81,13 @@ class Learner:
     def __init__(self, model: CausalLM, config: TrainConfig):
         self.model = model
         self.config = config
+        ratio_level = config.options.ratio_level
         constant = config.kl_estimator == "k1-constant"
         self._advantage_shift = config.beta if constant else 0.0
         turns = 2 * (config.max_steps if config.mode == "episodes" else 1)
         self.objective = Objective(
             policy=config.policy,
+            ratio_level="token" if ratio_level == "token" else "sequence",
             epsilon_low=config.epsilon_low,
             epsilon_high=config.epsilon_high,
             beta=0.0 if constant else config.beta,
@@ -211,13 +113,43 @@ class Learner:
                 parameter.data = data
 
     @torch.no_grad()
+    def log_probs(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probabilities [T] of the trained tokens, now."""
+        hidden = hidden_states(self.model, batch)
+        return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
+
     def reference_log_probs(self, batch: PackedBatch) -> torch.Tensor | None:
         """Log-probabilities [T] under the reference; None where no KL is asked for."""
         if self.config.beta == 0:
             return None
         with self._reference():
-            hidden = hidden_states(self.model, batch)
-            return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
+            return self.log_probs(batch)
+
+    def adapt_clipping(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
+        """Sets the clip bounds for what the policy makes of an update's tokens now."""
+        config, options = self.config, self.config.options
+        if options.clip_target is None or not packs:
+            return {}
+        ratios, advantages = [], []
+        for batch in packs:
+            assert batch.old_log_probs is not None
+            assert batch.advantages is not None
+            ratios.append((self.log_probs(batch) - batch.old_log_probs)[batch.loss_mask])
+            advantages.append(batch.advantages[batch.loss_mask])
+        bounds = adaptive_bounds(
+            torch.cat(ratios),
+            torch.cat(advantages),
+            low=1 - config.epsilon_low,
+            high=1 + config.epsilon_high,
+            low_max=options.clip_low_max,
+            high_max=options.clip_high_max,
+            step=options.clip_step,
+            target=options.clip_target,
+        )
+        self.objective = replace(
+            self.objective, epsilon_low=1 - bounds.low, epsilon_high=bounds.high - 1
+        )
+        return {f"clip_bounds/{name}": value for name, value in bounds._asdict().items()}
 
     def backward(self, batch: PackedBatch, normalizer: float) -> dict[str, float]:
         """Accumulates the gradient of one pack; returns the loss's metrics."""
@@ -225,9 +157,38 @@ class Learner:
             assert batch.advantages is not None
             batch = replace(batch, advantages=batch.advantages - self._advantage_shift)
         hidden = hidden_states(self.model, batch)
-        out = policy_loss(hidden, *head(self.model), batch, self.objective, normalizer)
+        by_segment = self.config.options.ratio_level == "segment"
+        out = policy_loss(
+            hidden, *head(self.model), batch, self.objective, normalizer, by_segment=by_segment
+        )
         out.loss.backward()
         return {"loss": out.loss.item(), **{k: v.item() for k, v in out.metrics.items()}}
+
+    def backward_refinements(self, batch: PackedBatch, normalizer: float) -> None:
+        """Accumulates the gradient of refinements, by their shaped ratio."""
+        assert batch.advantages is not None
+        hidden = hidden_states(self.model, batch)
+        temperature = self.config.temperature
+        now = packed_log_probs(hidden, *head(self.model), batch, temperature)
+        shaped = batch.advantages * shaped_slope(now, self.config.options.refinement_gamma)
+        objective = replace(self.objective, policy="reinforce", ratio_level="token", beta=0.0)
+        batch = replace(batch, advantages=shaped, ref_log_probs=None)
+        policy_loss(hidden, *head(self.model), batch, objective, normalizer).loss.backward()
+
+    def backward_demonstrations(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
+        """Accumulates the gradient of demonstrations; returns their metrics."""
+        weight = self.config.options.demonstration_weight
+        if weight == 0:
+            return {}
+        count = float(sum(batch.loss_mask.sum().item() for batch in packs))
+        total = 0.0
+        for batch in packs:
+            hidden = hidden_states(self.model, batch)
+            loss = policy_loss(hidden, *head(self.model), batch, NLL, count / weight).loss
+            loss.backward()
+            total += loss.item()
+        sequences = sum(len(batch.cu_seqlens) - 1 for batch in packs)
+        return {"demonstration/count": sequences, "demonstration/nll": total / weight}
 
 
 def run_rl(config: TrainConfig, environment: Environment, progress: Progress | None = None) -> str:
@@ -252,8 +213,8 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         while training.step < config.steps:
             began = time.perf_counter()
             policy.generator.manual_seed(1_000_003 * config.seed + training.step)
-            trajectories, collected = collect(config, policy, environment, training.step)
-            metrics = update(training, learner, trajectories) | collected
+            trajectories, groups, collected = collect(training, policy, environment, config)
+            metrics = update(training, learner, trajectories, groups) | collected
             metrics["time/step_s"] = time.perf_counter() - began
             training.log(metrics)
             training.finish_step(config.save_every)
@@ -264,43 +225,102 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         return str(training.model_path)
 
 
-def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """One update from the trajectories of whole groups."""
+def update(
+    training: Run,
+    learner: Learner,
+    trajectories: Sequence[Trajectory],
+    groups: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """One update from the trajectories of whole groups; returns its metrics.
+
+    Args:
+        groups: ids of the trajectories' groups, equal ones side by side; None for consecutive
+            groups of ``group_size``.
+    """
     config = learner.config
-    tokens = [t.tokens for t in trajectories]
+    groups = groups or group_ids(len(trajectories), config.group_size)
     sampled = config.mode != "offline"
-    full = collate(tokens, with_old_log_probs=sampled)
-    result = advantages_of(trajectories, full, config)
-    metrics = rollout_metrics(trajectories, result, config.group_size)
-    starts = full.cu_seqlens.tolist()
-    used = list(range(len(tokens)))
-    live = groups_with_variance(result, config.group_size)
-    if config.skip_zero_variance and live.any():
-        used = live.repeat_interleave(config.group_size).nonzero().squeeze(1).tolist()
-    packs = []
-    for pack in best_fit_decreasing([len(tokens[i]) for i in used], config.batch_tokens):
-        indices = [used[i] for i in pack]
-        batch = collate([tokens[i] for i in indices], with_old_log_probs=sampled)
-        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
-        batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
-        packs.append(replace(batch, ref_log_probs=learner.reference_log_probs(batch)))
-    count = float(full.loss_mask.sum())
+    full = collate([t.tokens for t in trajectories], with_old_log_probs=sampled)
+    result, reward_metrics = advantages_of(trajectories, full, config, groups)
+    choice = choose(result, full, groups, config)
+    metrics = rollout_metrics(trajectories, result, groups) | reward_metrics | choice.metrics
+
+    def packs_from(*origins: str) -> list[PackedBatch]:
+        indices = [i for i in choice.used if trajectories[i].origin in origins]
+        packs = pack_chosen(indices, trajectories, full, result, config.batch_tokens)
+        return [batch.to(training.device) for batch in packs]
+
+    packs, refined = packs_from("policy", "replay"), packs_from("refinement")
+    packs = [replace(b, ref_log_probs=learner.reference_log_probs(b)) for b in packs]
+    demonstrations = pack_demonstrations(training, trajectories, groups, config)
     # What the mean is over, in the whole update: its packs add up to the same gradient.
-    normalizer = count if config.loss_agg_mode == "token-mean" else float(len(trajectories))
+    count = sum(trajectories[i].trained_tokens for i in choice.kept)
+    normalizer = float(count if config.loss_agg_mode == "token-mean" else len(choice.kept))
     for _ in range(config.epochs):
+        metrics |= learner.adapt_clipping(packs)
         parts = [learner.backward(batch, normalizer) for batch in packs]
+        for batch in refined:
+            learner.backward_refinements(batch, normalizer)
+        metrics |= learner.backward_demonstrations(demonstrations)
         metrics["grad_norm"] = training.update()
-    metrics["loss"] = sum(part.pop("loss") for part in parts)
+    metrics |= mean_metrics(parts, packs) | {"lr": training.lr}
+    trained = [*packs, *refined]
+    metrics["trajectories"] = len(trajectories)
+    metrics["tokens"] = config.epochs * sum(len(batch.input_ids) for batch in trained)
+    metrics["trained_tokens"] = config.epochs * sum(int(b.loss_mask.sum()) for b in trained)
+    return metrics
+
+
+def pack_chosen(
+    indices: Sequence[int],
+    trajectories: Sequence[Trajectory],
+    full: PackedBatch,
+    result: ReflectionAdvantages,
+    batch_tokens: int,
+) -> list[PackedBatch]:
+    """Packs of some of the trajectories of ``full``, with their advantages."""
+    starts = full.cu_seqlens.tolist()
+    packs = []
+    for pack in best_fit_decreasing([len(trajectories[i].tokens) for i in indices], batch_tokens):
+        chosen = [indices[i] for i in pack]
+        batch = collate(
+            [trajectories[i].tokens for i in chosen],
+            with_old_log_probs=full.old_log_probs is not None,
+        )
+        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
+        packs.append(replace(batch, advantages=result.token_advantages[rows]))
+    return packs
+
+
+def pack_demonstrations(
+    training: Run, trajectories: Sequence[Trajectory], groups: Sequence[int], config: TrainConfig
+) -> list[PackedBatch]:
+    """Packs of demonstrations for the states in which no trajectory succeeded."""
+    if config.options.demonstration_weight == 0:
+        return []
+    shown = [
+        demonstration_tokens(training.tokenizer, start, reflect=config.reflect)
+        for start in hard_states(trajectories, groups)
+    ]
+    packs = best_fit_decreasing([len(tokens) for tokens in shown], config.batch_tokens)
+    return [collate([shown[i] for i in pack]).to(training.device) for pack in packs]
+
+
+def mean_metrics(
+    parts: Sequence[dict[str, float]], packs: Sequence[PackedBatch]
+) -> dict[str, float]:
+    """Of the packs of an update: losses add up, others are means over trained tokens, or bounds."""
+    if not parts:  # what joined a group was all that was chosen of it
+        return {"loss": 0.0}
     trained = [float(batch.loss_mask.sum()) for batch in packs]
+    metrics = {"loss": sum(part["loss"] for part in parts)}
     for name in parts[0]:
+        if name == "loss":
+            continue
         values = [part[name] for part in parts]
         if name.endswith(("/min", "/max")):
             metrics[name] = min(values) if name.endswith("/min") else max(values)
         else:
             weighted = sum(v * n for v, n in zip(values, trained, strict=True))
             metrics[name] = weighted / sum(trained)
-    metrics["lr"] = training.lr
-    metrics["trajectories"] = len(trajectories)
-    metrics["tokens"] = sum(len(tokens[i]) for i in used) * config.epochs
-    metrics["trained_tokens"] = sum(trained) * config.epochs
     return metrics

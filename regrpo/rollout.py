@@ -55,6 +55,7 @@ class TurnRecord:
 class Trajectory:
     """A finished local trajectory or episode, as tokens and as turns.
 
+    ``origin``: "policy", or what joined a group afterwards: "replay" or "refinement".
     ``failed``: the trigger has fired, so the next turn is a correction. ``confidences`` are those
     of the steps' first calls so far.
     """
@@ -69,10 +70,15 @@ class Trajectory:
     success: bool = False
     answer: str | None = None
     end: End | None = None
+    origin: str = "policy"
 
     @property
     def reflection_tokens(self) -> int:
         return self.tokens.count(Segment.REFLECTION)
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.tokens.count(Segment.ACTION) + self.reflection_tokens
 
 
 def task_start(task: Task) -> Start:

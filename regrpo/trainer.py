@@ -63,6 +63,8 @@ class Run:
         self.steps = steps
         self.optimizer = build_optimizer(model, optim)
         self.step = 0
+        # What else belongs to a checkpoint: numbers, texts, tensors, in lists and dicts.
+        self.extra: dict[str, Any] = {}
         # Not where it is: a folder may be moved, or named from elsewhere.
         claimed = {key: value for key, value in asdict(config).items() if key != "out"}
         if data_files:
@@ -124,6 +126,7 @@ class Run:
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
+        self.extra = state.get("extra", {})  # older checkpoints have none
         # Steps behind the checkpoint are done again; their metrics come again with them.
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -178,6 +181,7 @@ class Run:
             "model": {name: p.detach() for name, p in trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
+            "extra": self.extra,
         }
         if self.device.type == "cuda":  # dropout draws there
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)

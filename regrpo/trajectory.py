@@ -30,6 +30,8 @@ class Start:
         error_type: of that failure.
         confidences: the policy's in the first calls of the steps before (`regrpo.trigger`); without
             them only failures fire the trigger here.
+        demonstration: executed turns that go on from here and end in the right call; empty where
+            there are none.
     """
 
     task: Task
@@ -39,3 +41,4 @@ class Start:
     failed: bool = False
     error_type: str | None = None
     confidences: tuple[float, ...] = ()
+    demonstration: tuple[Message, ...] = ()

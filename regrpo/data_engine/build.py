@@ -242,8 +242,14 @@ def local_starts(
         failure = rng.choice(demo.failures) if forced else None
         step = rng.randrange(len(demo.task.steps)) if failure is None else failure.step
         messages = demo.messages([f for f in demo.traps if f.step < step], until=step)
+        shown: list[Message] = []
+        # Where the wording leads into a trap, the demonstration goes through it.
+        repair = failure or next((f for f in demo.traps if f.step == step), None)
         if failure is not None:
             messages += failed_turns(failure)
+        elif repair is not None:
+            shown = failed_turns(repair)
+        shown.append(_act(demo.task.steps[step].call, repair.reflection if repair else None))
         starts.append(
             Start(
                 demo.task,
@@ -252,6 +258,7 @@ def local_starts(
                 expected=demo.observations[step].text,
                 failed=forced,
                 error_type=failure.error_type if failure else None,
+                demonstration=tuple(shown),
             )
         )
     return starts

@@ -7,6 +7,7 @@ from regrpo.config import (
     EvalConfig,
     LoraSettings,
     OptimConfig,
+    OptionsConfig,
     PretrainConfig,
     RewardConfig,
     SFTConfig,
@@ -46,10 +47,51 @@ CASES = [
     (sft, {"steps": 0}, "steps: got 0"),
     (sft, {"save_every": 0}, "save_every: got 0"),
     (sft, {"max_length": 9000}, "max_length: got 9000; expected at most batch_tokens=4096"),
-    (RewardConfig, {"scale": "batch"}, "scale: got 'batch'; expected none or group"),
+    (RewardConfig, {"scale": "std"}, "scale: got 'std'; expected none, group or batch"),
     (RewardConfig, {"tokens_per_cost": 0.0}, "tokens_per_cost: got 0.0"),
     (RewardConfig, {"clip": 0.0}, "clip: got 0.0"),
     (RewardConfig, {"min_std": -1.0}, "min_std: got -1.0"),
+    (RewardConfig, {"baseline": "median"}, "baseline: got 'median'; expected mean, leave_one_out"),
+    (RewardConfig, {"lambda_val": -0.3}, "lambda_val: got -0.3; expected 0 or more"),
+    (RewardConfig, {"alpha": 0.0}, "alpha: got 0.0; expected positive, or null"),
+    (RewardConfig, {"alpha": 0.5, "lambda_val": 0.3}, "lambda_val: got 0.3; expected 0 with alpha"),
+    (OptionsConfig, {"ratio_level": "turn"}, "options.ratio_level: got 'turn'; expected token,"),
+    (OptionsConfig, {"clip_target": 1.0}, "options.clip_target: got 1.0"),
+    (
+        OptionsConfig,
+        {"clip_target": 0.5, "ratio_level": "segment"},
+        "options.clip_target: got 0.5; expected null with ratio_level=segment",
+    ),
+    (OptionsConfig, {"clip_high_max": 1.0}, "options.clip_high_max: got 1.0"),
+    (OptionsConfig, {"clip_low_max": 1.0}, "options.clip_low_max: got 1.0"),
+    (OptionsConfig, {"clip_step": 0.0}, "options.clip_step: got 0.0"),
+    (OptionsConfig, {"step_weight": -1.0}, "options.step_weight: got -1.0"),
+    (OptionsConfig, {"step_gamma": 0.0}, "options.step_gamma: got 0.0"),
+    (OptionsConfig, {"demonstration_weight": -1.0}, "options.demonstration_weight: got -1.0"),
+    (OptionsConfig, {"penalty": -0.1}, "options.penalty: got -0.1"),
+    (OptionsConfig, {"penalty_thresholds": (80, 40)}, "options.penalty_thresholds: got (80, 40)"),
+    (OptionsConfig, {"keep": 1}, "options.keep: got 1; expected 2 or more"),
+    (OptionsConfig, {"replay": -1, "repeat_after": 1}, "options.replay: got -1"),
+    (
+        OptionsConfig,
+        {"replay": 8},
+        "options.replay: got 8; expected 0 without options.repeat_after",
+    ),
+    (OptionsConfig, {"repeat_after": 0}, "options.repeat_after: got 0"),
+    (OptionsConfig, {"refinements": -1}, "options.refinements: got -1"),
+    (OptionsConfig, {"refinement_gamma": 0.0}, "options.refinement_gamma: got 0.0"),
+    (
+        train,
+        {"options": OptionsConfig(keep=6)},
+        "options.keep: got 6; expected at most group_size=5",
+    ),
+    (
+        train,
+        {"options": OptionsConfig(ratio_level="segment"), "loss_agg_mode": "seq-mean-token-mean"},
+        "loss_agg_mode: got 'seq-mean-token-mean'; expected another one with",
+    ),
+    (train, {"zero_variance": "drop"}, "zero_variance: got 'drop'; expected keep, skip or"),
+    (train, {"resample_rounds": 0}, "resample_rounds: got 0"),
     (train, {"steps": 0}, "steps: got 0"),
     (train, {"states": 0}, "states: got 0"),
     (train, {"group_size": 1}, "group_size: got 1; expected 2 or more"),
@@ -103,7 +145,7 @@ def test_a_value_out_of_range_is_named(make, fields, message):
 
 
 def test_the_defaults_are_valid():
-    for make in (TaskConfig, OptimConfig, RewardConfig, LoraSettings, sft, train):
+    for make in (TaskConfig, OptimConfig, OptionsConfig, RewardConfig, LoraSettings, sft, train):
         make()
     train(forced_share=0.9, own_states_share=0.1)
     offline()

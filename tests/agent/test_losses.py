@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from regrpo.advantages import advantages_of
+from regrpo.collect import sample_starts
 from regrpo.config import LoraSettings, OptimConfig, RewardConfig, TrainConfig
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import head, hidden_states, load_model
 from regrpo.packing import collate
-from regrpo.rl import Learner, advantages_of, sample_starts, update
+from regrpo.rl import Learner, update
 from regrpo.rollout import Trajectory, run
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import TokenizedTrajectory
@@ -155,7 +157,7 @@ def test_the_gradient_is_the_same_for_any_split(mode, sampled, tokenizer, tmp_pa
     learner = Learner(model, config)
     batch = replace(
         batch,
-        advantages=advantages_of(trajectories, batch, config).token_advantages,
+        advantages=advantages_of(trajectories, batch, config)[0].token_advantages,
         ref_log_probs=learner.reference_log_probs(batch),
     )
     with torch.no_grad():
@@ -235,7 +237,7 @@ def finished(task, success, reflection, action=4):
 def rewards_of(trajectories, saved_model, tmp_path, group_size, **reward):
     config = config_for(saved_model, tmp_path, group_size=group_size, reward=RewardConfig(**reward))
     batch = collate([t.tokens for t in trajectories], with_old_log_probs=True)
-    return batch, advantages_of(trajectories, batch, config)
+    return batch, advantages_of(trajectories, batch, config)[0]
 
 
 def test_reward_is_success_minus_the_reflection_cost(tasks, saved_model, tmp_path):

@@ -5,12 +5,13 @@ import random
 import pytest
 from runs import metrics_of, rl_config
 
+from regrpo.collect import draw_groups, sample_starts
 from regrpo.config import TriggerConfig
 from regrpo.modeling import load_model
 from regrpo.offline import Script
 from regrpo.own_states import own_states, states_of
 from regrpo.prompts import observation_turn, thought
-from regrpo.rl import collect, run_rl, sample_starts
+from regrpo.rl import run_rl
 from regrpo.rollout import Trajectory, TurnRecord, run, task_start
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import ChatFormat
@@ -133,8 +134,8 @@ def test_shares_of_states(base, environment, policy, tmp_path):
     config = rl_config(
         base, tmp_path, states=40, group_size=2, forced_share=0.5, own_states_share=0.3
     )
-    trajectories, metrics = collect(config, policy, environment, 3)
-    starts = [t.start for t in trajectories[::2]]
+    groups, metrics = draw_groups(config, policy, environment, 3)
+    starts = [group[0].start for group in groups]
     reference = sample_starts(config, environment, 3)
     forced = [s for s in reference if s.failed]
     assert [s for s in starts if s in forced] == forced  # those are left as they are
@@ -142,13 +143,13 @@ def test_shares_of_states(base, environment, policy, tmp_path):
     assert 0 < len(own) <= round(40 * metrics["states/own"]) <= 40 - len(forced)
     assert metrics["states/own"] == pytest.approx(0.3, abs=0.15)
     assert 0 <= metrics["states/own_off_track"] < 1
-    assert all(len(t.turns) <= 2 for t in trajectories)
+    assert all(len(t.turns) <= 2 for group in groups for t in group)
 
 
 def test_without_a_share_of_own_states_nothing_changes(base, environment, policy, tmp_path):
     config = rl_config(base, tmp_path, group_size=2)
-    trajectories, metrics = collect(config, policy, environment, 3)
-    assert [t.start for t in trajectories[::2]] == sample_starts(config, environment, 3)
+    groups, metrics = draw_groups(config, policy, environment, 3)
+    assert [group[0].start for group in groups] == sample_starts(config, environment, 3)
     assert metrics == {}
 
 
@@ -159,7 +160,8 @@ def test_episodes_start_at_the_task_or_behind_a_near_miss_and_end_in_an_answer(
     starts = sample_starts(config, environment, 0)
     assert {s.failed for s in starts} == {True, False}
     assert all(s == task_start(s.task) for s in starts if not s.failed)
-    trajectories, metrics = collect(config, policy, environment, 0)
+    groups, metrics = draw_groups(config, policy, environment, 0)
+    trajectories = [t for group in groups for t in group]
     assert [t.start for t in trajectories[:: config.group_size]] == starts
     for t in trajectories:
         assert t.success <= (t.answer is not None)

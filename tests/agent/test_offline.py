@@ -144,7 +144,7 @@ def test_the_gradient_is_that_of_the_official_formula(
         kl_estimator="k1-constant",
         beta=0.3,
         epochs=1,
-        skip_zero_variance=skip,
+        zero_variance="skip" if skip else "keep",
         batch_tokens=900,
         reward=RewardConfig(eta=0.1, clip=0.5),
     )

@@ -57,8 +57,8 @@ def gradient(model, outcomes, **kwargs):
 def test_groups_without_variance_add_nothing_but_the_kl_term(model, epochs):
     outcomes = [1, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
     settings = {"beta": 0.0, "epochs": epochs}
-    left_out, metrics = gradient(model, outcomes, skip_zero_variance=True, **settings)
-    kept, _ = gradient(model, outcomes, skip_zero_variance=False, **settings)
+    left_out, metrics = gradient(model, outcomes, zero_variance="skip", **settings)
+    kept, _ = gradient(model, outcomes, zero_variance="keep", **settings)
     assert len(left_out) == len(kept) == epochs
     assert metrics["groups/with_variance"] == pytest.approx(1 / 3)
     for ours, theirs in zip(left_out[0], kept[0], strict=True):
@@ -68,8 +68,8 @@ def test_groups_without_variance_add_nothing_but_the_kl_term(model, epochs):
 
 def test_an_update_without_any_variance_is_the_kl_term(model):
     outcomes = [1, 1, 1, 1, 0, 0, 0, 0]
-    (left_out,), _ = gradient(model, outcomes, skip_zero_variance=True, beta=0.1)
-    (kept,), _ = gradient(model, outcomes, skip_zero_variance=False, beta=0.1)
+    (left_out,), _ = gradient(model, outcomes, zero_variance="skip", beta=0.1)
+    (kept,), _ = gradient(model, outcomes, zero_variance="keep", beta=0.1)
     for ours, theirs in zip(left_out, kept, strict=True):
         assert torch.equal(ours, theirs)
         assert theirs.abs().max() > 0
