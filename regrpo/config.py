@@ -255,7 +255,8 @@ class TrainConfig:
         skip_zero_variance: leave groups without any advantage out of the update; what they would
             add is the KL term.
         epochs: passes over the trajectories of an update.
-        batch_tokens: tokens of one forward and backward pass, at most; an update adds them up.
+        batch_tokens: tokens of one forward and backward pass, at most, those that trajectories of a
+            group share counted once; an update adds the passes up.
         temperature: of sampling and of the loss.
         max_new_tokens: limit of one turn.
         epsilon_low: lower clip bound of the ratio.

@@ -23,8 +23,15 @@ from regrpo.config import TrainConfig
 from regrpo.data_engine.build import demonstrate, local_starts
 from regrpo.environment import Environment
 from regrpo.losses import packed_log_probs, policy_loss
-from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
-from regrpo.packing import PackedBatch, best_fit_decreasing, collate
+from regrpo.modeling import (
+    CausalLM,
+    head,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    logit_softcap,
+)
+from regrpo.packing import PackedBatch, collate, pack_groups
 from regrpo.rollout import Trajectory, run
 from regrpo.sampling import LocalPolicy
 from regrpo.trainer import Run, mean
@@ -103,6 +110,7 @@ class Learner:
             beta=config.beta,
             kl_estimator=config.kl_estimator,
             temperature=config.temperature,
+            softcap=logit_softcap(model),
             loss_agg_mode=config.loss_agg_mode,
             max_completion_length=2 * config.max_new_tokens,  # two turns
         )
@@ -129,7 +137,10 @@ class Learner:
             return None
         with self._reference():
             hidden = hidden_states(self.model, batch)
-            return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
+            objective = self.objective
+            return packed_log_probs(
+                hidden, *head(self.model), batch, objective.temperature, objective.softcap
+            )
 
     def backward(self, batch: PackedBatch, normalizer: float) -> dict[str, float]:
         """Accumulates the gradient of one pack; returns the loss's metrics."""
@@ -183,14 +194,14 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
     result = advantages_of(trajectories, full, config)
     metrics = rollout_metrics(trajectories, result, config.group_size)
     starts = full.cu_seqlens.tolist()
-    used = list(range(len(tokens)))
-    live = groups_with_variance(result, config.group_size)
+    size = config.group_size
+    groups = [range(i, i + size) for i in range(0, len(tokens), size)]
+    live = groups_with_variance(result, size)
     if config.skip_zero_variance and live.any():
-        used = live.repeat_interleave(config.group_size).nonzero().squeeze(1).tolist()
+        groups = [group for group, lives in zip(groups, live.tolist(), strict=True) if lives]
     packs = []
-    for pack in best_fit_decreasing([len(tokens[i]) for i in used], config.batch_tokens):
-        indices = [used[i] for i in pack]
-        batch = collate([tokens[i] for i in indices], with_old_log_probs=True)
+    for indices in pack_groups(groups, tokens, config.batch_tokens):
+        batch = collate([tokens[i] for i in indices], with_old_log_probs=True, share=True)
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
         batch = replace(batch, advantages=result.token_advantages[rows]).to(training.device)
         packs.append(replace(batch, ref_log_probs=learner.reference_log_probs(batch)))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from regrpo.modeling import (
-    VARLEN,
+    PACKED,
     attention,
     base_model,
     default_device,
@@ -212,7 +212,7 @@ def test_packed_attention_stays_on_the_device_of_its_inputs(packed):
         replace(b, tokens=b.tokens.to("meta"), slots=b.slots.to("meta"))
         for b in length_buckets(packed.cu_seqlens)
     ]
-    out, _ = AttentionInterface()[VARLEN](None, query, key, key, None, buckets=buckets)
+    out, _ = AttentionInterface()[PACKED](None, query, key, key, None, buckets=buckets)
     out.sum().backward()
     assert out.device == query.grad.device == torch.device("meta")
     assert out.shape == (1, len(packed.labels), 4, 8)
