@@ -247,7 +247,7 @@ def _add(x: Tensor, index: Index, value: Tensor) -> None:
         x.index_add_(0, index, value.to(x.dtype))
 
 
-class _PartsAttention(torch.autograd.Function):
+class PartsAttention(torch.autograd.Function):
     """Attention from its parts; query [S, heads, D], key and value [S, key heads, D]."""
 
     @staticmethod
@@ -364,9 +364,9 @@ def tree_attention(
     windowed = window is not None and window < plan.longest
     plain = softcap is not None or windowed or dropout > 0
     if query.device.type == "cpu" and not plain:
-        return _PartsAttention.apply(query, key, value, plan.cpu_parts, scale)
+        return PartsAttention.apply(query, key, value, plan.cpu_parts, scale)
     flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     if flash and not plain and width <= 256 and width % 8 == 0:
-        return _PartsAttention.apply(query, key, value, plan.cuda_parts, scale)
+        return PartsAttention.apply(query, key, value, plan.cuda_parts, scale)
     limit = plan.longest if window is None else window
     return _branch_attention(query, key, value, plan, scale, limit, softcap, dropout)
