@@ -90,6 +90,49 @@ class LinearCase:
         return " ".join(filter(None, (self.shape, self.dtype, self.variant)))
 
 
+@dataclass(frozen=True)
+class UpdateCase:
+    """One update on ``group`` trajectories of 64 to 128 tokens behind one context."""
+
+    context: int
+    group: int
+    vocab: int
+    dtype: str
+    once: bool = False  # too slow for more than one call
+
+    @property
+    def tails(self) -> list[int]:
+        return [64 + 64 * i // max(self.group - 1, 1) for i in range(self.group)]
+
+    @property
+    def tokens(self) -> int:
+        """Of all trajectories."""
+        return self.group * self.context + sum(self.tails)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.context} + {self.group} tails x {self.vocab}"
+
+    @property
+    def needs(self) -> int:
+        """Bytes without which the case cannot be set up: the model and one gradient of logits."""
+        return 4 * 512 * self.vocab + (1 << 30)
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
+
+def update_cases(device: str, grid: bool) -> list[UpdateCase]:
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    contexts, groups = ((256, 1024, 4096), (5, 8, 16)) if grid else ((1024,), (8,))
+    return [
+        UpdateCase(context, group, vocab, dtype, device == "cpu" and context * group > 8192)
+        for vocab in (32000, 151936)
+        for context in contexts
+        for group in groups
+    ]
+
+
 def shares(tokens: int) -> list[float]:
     """Those of which a token is left."""
     return [share for share in SHARES if share * tokens >= 1]

@@ -43,7 +43,7 @@ class Session:
         self.records: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
 
-    def admit(self, case: cases.RowCase | cases.LinearCase) -> None:
+    def admit(self, case: cases.RowCase | cases.LinearCase | cases.UpdateCase) -> None:
         """Skips the test, and says why in the report, where the case cannot be measured."""
         gc.collect()  # the case before may be held by a cycle
         budget = machine.memory_budget()
@@ -100,7 +100,11 @@ def session(pytestconfig):
 
 def pytest_generate_tests(metafunc):
     grid = metafunc.config.getoption("--grid")
-    for name, find in (("row_case", cases.row_cases), ("linear_case", cases.linear_cases)):
+    for name, find in (
+        ("row_case", cases.row_cases),
+        ("linear_case", cases.linear_cases),
+        ("update_case", cases.update_cases),
+    ):
         if name in metafunc.fixturenames:
             found = find(machine.DEVICE.type, grid)
             ids = [str(case).replace(" x ", "x").replace(" ", "-") for case in found]

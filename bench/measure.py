@@ -30,6 +30,7 @@ class Provider:
         note: what it does differently, for the table.
         traffic, flops: bytes and floating-point operations that the work takes at least.
         checked: whether its result is compared with fp64; a floor has none.
+        held: bytes that it keeps between calls; they count as extra.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Provider:
     traffic: int = 0
     flops: int = 0
     checked: bool = True
+    held: int = 0
 
 
 @dataclass
@@ -229,7 +231,7 @@ def _record(case: Case, run: Run, foreign_cores: float) -> dict[str, Any]:
         "median": statistics.median(run.seconds) if done else None,
         "rounds": len(run.seconds),
         "once": case.once,
-        "extra": run.extra if done else None,
+        "extra": run.extra + provider.held if done else None,
         "error": run.error,
         "traffic": provider.traffic,
         "flops": provider.flops,

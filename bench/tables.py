@@ -51,7 +51,9 @@ def render(run: dict[str, Any]) -> str:
     ops: dict[str, list[Record]] = {}
     for record in run["records"]:
         ops.setdefault(record["op"], []).append(record)
-    parts += [f"### {op}\n\n{table(records)}" for op, records in ops.items()]
+    for op, records in ops.items():
+        text = update_table(records) if op == "update" else table(records)
+        parts.append(f"### {op}\n\n{text}")
     if run["left_out"]:
         lines = [f"- {case}: {why}" for case, why in run["left_out"].items()]
         parts.append("Left out:\n\n" + "\n".join(lines) + "\n")
@@ -93,8 +95,12 @@ def table(records: list[Record]) -> str:
             label = [r["shape"], r["dtype"], r["variant"]] if first else ["", "", ""]
             rows.append([*label, *_cells(case, r)])
             first = False
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = {0, 1, 2, 3, len(head) - 1}
+    return markdown(rows, left={0, 1, 2, 3, len(head) - 1})
+
+
+def markdown(rows: list[list[str]], left: set[int]) -> str:
+    """A table whose first row is its head; columns ``left`` are aligned to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
 
     def line(row: list[str]) -> str:
@@ -105,6 +111,30 @@ def table(records: list[Record]) -> str:
         return "| " + " | ".join(cells) + " |"
 
     return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])]) + "\n"
+
+
+def update_table(records: list[Record]) -> str:
+    """Whole updates. Tokens are those of all trajectories; "x ours": time and extra memory over
+    those of ours.
+    """
+    head = ["samples", "dtype", "provider", "s", "tokens/s", "x ours", "extra MB", "x ours", "note"]
+    rows = [head]
+    for case in cases(records):
+        ours = case[0]
+        for i, r in enumerate(case):
+            label = [r["shape"], r["dtype"]] if i == 0 else ["", ""]
+            numbers = [""] * 5
+            if r["seconds"] is not None:
+                numbers = [
+                    f"{r['seconds']:.3g}",
+                    f"{r['tokens'] / r['seconds']:.0f}",
+                    f"{r['seconds'] / ours['seconds']:.1f}",
+                    f"{r['extra'] / 1e6:.0f}",
+                    f"{r['extra'] / ours['extra']:.1f}" if ours["extra"] else "",
+                ]
+            noisy = "*" if r["foreign_cores"] > NOISY else ""
+            rows.append([*label, r["provider"] + noisy, *numbers, _note(r)])
+    return markdown(rows, left={0, 1, 2, len(head) - 1})
 
 
 def _cells(case: list[Record], r: Record) -> list[str]:

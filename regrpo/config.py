@@ -543,7 +543,8 @@ class TrainConfig:
             and skip what is left.
         resample_rounds: draws of new states an update, at most.
         epochs: passes over the trajectories of an update.
-        batch_tokens: tokens of one forward and backward pass, at most; an update adds them up.
+        batch_tokens: tokens of one forward and backward pass, at most, those that trajectories of a
+            group share counted once; an update adds the passes up.
         temperature: of sampling and of the loss.
         max_new_tokens: limit of one turn.
         policy: objective of a token: "clip", "cispo" or "sapo" by ratios to the policy that

@@ -15,13 +15,26 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from regrpo.modeling import CausalLM, attention, base_model, head
+from regrpo.modeling import (
+    CausalLM,
+    attention,
+    base_model,
+    head,
+    logit_softcap,
+    why_not_packed,
+)
 
 DECODE = "regrpo_decode"
 LOWEST = torch.finfo(torch.float32).min
 ROOM = 32  # new tokens that fit before branches are copied into larger buffers
+
+
+def decodes(model: PreTrainedModel) -> bool:
+    """Whether ``Continuations`` can run a model: attention through the interface, no softcaps."""
+    softcap = logit_softcap(model) or getattr(model.config, "attn_logit_softcapping", None)
+    return why_not_packed(model) is None and not softcap
 
 
 @dataclass

@@ -5,14 +5,7 @@ from torch.nn import functional as F
 
 from regrpo.options.segment_ratios import segment_bounds
 from regrpo.packing import PackedBatch
-from regrpo_kernels import LossOutput, Objective, grpo_loss, token_log_probs
-
-
-def trained_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor
-) -> torch.Tensor:
-    """Logits [N, V] of the ``N`` trained positions ``rows`` of ``hidden`` [T, H]."""
-    return F.linear(hidden.index_select(0, rows), weight, bias)
+from regrpo_kernels import LossOutput, Objective, linear_grpo_loss, linear_token_log_probs
 
 
 def policy_loss(
@@ -28,7 +21,7 @@ def policy_loss(
     """The objective over the trained tokens of a packed batch.
 
     Args:
-        hidden: [T, H] of the batch. weight, bias: the head, [V, H] and [V].
+        hidden: of ``hidden_states``, [T, H] or [S, H]. weight, bias: the head, [V, H] and [V].
         normalizer: trained tokens (or sequences, by ``objective.loss_agg_mode``) of the whole
             update, so that the gradient does not depend on how it is split into packs; None for
             those of this batch.
@@ -45,16 +38,17 @@ def policy_loss(
         None if x is None else x.index_select(0, rows)
         for x in (batch.advantages, batch.old_log_probs, batch.ref_log_probs)
     ]
-    return grpo_loss(
-        trained_logits(hidden, weight, bias, rows),
+    return linear_grpo_loss(
+        hidden.index_select(0, batch.computed(rows)),
+        weight,
         batch.labels.index_select(0, rows),
         select[0],
+        bias=bias,
         old_log_probs=select[1],
         ref_log_probs=select[2],
         cu_seqlens=cu_seqlens,
         objective=objective,
         normalizer=normalizer,
-        inplace=True,
     )
 
 
@@ -65,11 +59,16 @@ def packed_log_probs(
     bias: torch.Tensor | None,
     batch: PackedBatch,
     temperature: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Log-probabilities [T] of the trained tokens, 0 elsewhere."""
     rows = batch.loss_mask.nonzero().squeeze(1)
-    logits = trained_logits(hidden, weight, bias, rows)
-    values = token_log_probs(
-        logits, batch.labels.index_select(0, rows), temperature=temperature
+    values = linear_token_log_probs(
+        hidden.index_select(0, batch.computed(rows)),
+        weight,
+        batch.labels.index_select(0, rows),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
     ).log_probs
     return torch.zeros(len(batch.labels), device=hidden.device).index_copy(0, rows, values)

@@ -7,14 +7,12 @@ is applied to trained tokens only.
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -23,66 +21,24 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.sdpa_attention import repeat_kv
 
 from regrpo.packing import PackedBatch
+from regrpo.prefix_tree import single_nodes
+from regrpo.tree_attention import AttentionPlan, tree_attention
 
-VARLEN = "regrpo_varlen"
+PACKED = "regrpo_packed"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 CausalLM = PreTrainedModel | PeftModel
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Sequences of similar length, laid side by side as [count, length]."""
-
-    tokens: torch.Tensor  # [n] int64: where their tokens are in the pack
-    slots: torch.Tensor  # [n] int64: where those are in the layout
-    count: int
-    length: int
-
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, heads, T, D] of the pack -> [count, heads, length, D], zeros behind the ends."""
-        heads, width = x.shape[1], x.shape[3]
-        padded = x.new_zeros(self.count * self.length, heads, width)
-        padded = padded.index_copy(0, self.slots, x[0].transpose(0, 1).index_select(0, self.tokens))
-        return padded.view(self.count, self.length, heads, width).transpose(1, 2)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """[count, heads, length, D] -> [n, heads, D]."""
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
-
-
-def length_buckets(cu_seqlens: torch.Tensor) -> list[Bucket]:
-    """Sorts the sequences of a pack into buckets whose lengths differ by a quarter at most."""
-    lengths = cu_seqlens.diff().tolist()
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if lengths[i] == 0:
-            continue
-        if not groups or lengths[i] > 1.25 * lengths[groups[-1][0]] + 8:
-            groups.append([])
-        groups[-1].append(i)
-    starts, device = cu_seqlens.tolist(), cu_seqlens.device
-    buckets = []
-    for group in groups:
-        longest = lengths[group[-1]]
-        tokens = [torch.arange(starts[i], starts[i + 1]) for i in group]
-        slots = [torch.arange(lengths[i]) + row * longest for row, i in enumerate(group)]
-        buckets.append(
-            Bucket(torch.cat(tokens).to(device), torch.cat(slots).to(device), len(group), longest)
-        )
-    return buckets
-
-
-def _varlen_attention(
+def _packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    buckets: Sequence[Bucket],
+    plan: AttentionPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -90,33 +46,20 @@ def _varlen_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each packed sequence; query [1, heads, T, D] -> [1, T, heads, D].
-
-    Sequences of similar length are laid side by side: memory and time grow with the tokens and
-    their own lengths, neither with T x T nor with the longest sequence of the pack.
-    """
-    if softcap is not None or s_aux is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__}: softcap={softcap} or attention sinks; expected neither"
-        )
-    longest = max(bucket.length for bucket in buckets)
-    if sliding_window is not None and sliding_window < longest:
-        raise NotImplementedError(
-            f"sliding_window={sliding_window} with a sequence of {longest} tokens; expected "
-            "sequences inside the window"
-        )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    parts = []
-    for bucket in buckets:
-        q, k, v = bucket.spread(query), bucket.spread(key), bucket.spread(value)
-        padded = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling
-        )
-        parts.append(bucket.gather(padded))
-    order = torch.cat([bucket.tokens for bucket in buckets])
-    out = torch.empty_like(query[0].transpose(0, 1)).index_copy(0, order, torch.cat(parts))
+    """Causal attention along the branches; query [1, heads, S, D] -> [1, S, heads, D]."""
+    if s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__}: attention sinks; expected none")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = tree_attention(
+        q,
+        k,
+        v,
+        plan,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
+    )
     return out[None], None
 
 
@@ -124,8 +67,8 @@ def _no_mask(*args: object, **kwargs: object) -> None:
     return None
 
 
-AttentionInterface.register(VARLEN, _varlen_attention)
-AttentionMaskInterface.register(VARLEN, _no_mask)
+AttentionInterface.register(PACKED, _packed_attention)
+AttentionMaskInterface.register(PACKED, _no_mask)
 
 
 def _require_folder_or_name(name_or_path: str) -> None:
@@ -247,7 +190,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: a path without a model.
-        NotImplementedError: the model keeps a recurrent state; or a trainable one changes its
+        NotImplementedError: the model keeps a recurrent state; or a trainable one scales its
             logits behind the head, or mixes tokens in another way than by attention that can be
             packed.
         ValueError: the model cannot be loaded, there is no such device, or ``lora_rank`` is not
@@ -305,7 +248,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     """Why a model cannot be run on packed sequences with attention and head of our own; None if it
     can."""
     config = model.config
-    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+    for field in ("logits_scaling", "logit_scale"):
         if getattr(config, field, None) not in (None, 1):
             return f"config.{field}={getattr(config, field)}; expected none"
     # Other layers would let packed sequences see each other, without an error.
@@ -340,15 +283,25 @@ def attention(model: CausalLM, implementation: str) -> Iterator[None]:
 
 
 def hidden_states(model: CausalLM, batch: PackedBatch) -> torch.Tensor:
-    """Last hidden states [T, H] of a packed batch, whose sequences never see each other."""
-    with attention(model, VARLEN):
+    """Last hidden states of a packed batch, whose sequences never see each other.
+
+    [T, H]; of a batch with a prefix tree [S, H], each shared token once (``batch.computed``).
+    """
+    nodes = single_nodes(batch.cu_seqlens.tolist()) if batch.tree is None else batch.tree.nodes
+    rows = batch if batch.tree is None else batch.tree
+    with attention(model, PACKED):
         output = base_model(model).base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            input_ids=rows.input_ids[None],
+            position_ids=rows.position_ids[None],
             use_cache=False,
-            buckets=length_buckets(batch.cu_seqlens),
+            plan=AttentionPlan(nodes, rows.input_ids.device),
         )
     return output.last_hidden_state[0]
+
+
+def logit_softcap(model: CausalLM) -> float | None:
+    """The cap of the model's logits (Gemma 2), for ``Objective.softcap``; None without one."""
+    return getattr(base_model(model).config, "final_logit_softcapping", None)
 
 
 def head(model: CausalLM) -> tuple[torch.Tensor, torch.Tensor | None]:

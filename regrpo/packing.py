@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from regrpo.prefix_tree import PrefixTree, prefix_order, prefix_tree
 from regrpo.segments import TokenizedTrajectory
 from regrpo_kernels import Segment
 
@@ -30,6 +32,7 @@ class PackedBatch:
         loss_mask: bool [T], the predicted token is ACTION or REFLECTION.
         cu_seqlens: int32 [B + 1], where sequences start. max_seqlen: the longest.
         advantages, old_log_probs, ref_log_probs: float32 [T], or None where not used (SFT).
+        tree: which of the tokens are computed together; None where each is computed by itself.
     """
 
     input_ids: torch.Tensor
@@ -42,14 +45,19 @@ class PackedBatch:
     advantages: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     ref_log_probs: torch.Tensor | None = None
+    tree: PrefixTree | None = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         moved: dict[str, Any] = {
             name: value.to(device)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor | PrefixTree)
         }
         return replace(self, **moved)
+
+    def computed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which rows of the hidden states belong to tokens ``rows``."""
+        return rows if self.tree is None else self.tree.source.index_select(0, rows)
 
 
 def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -77,10 +85,62 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return packs
 
 
+def pack_groups(
+    groups: Sequence[Sequence[int]], trajectories: Sequence[TokenizedTrajectory], budget: int
+) -> list[list[int]]:
+    """Packs whole groups by the tokens that they compute once what they share is counted once.
+
+    Args:
+        groups: indices of trajectories that begin alike.
+        budget: computed tokens of a pack, at most. A group of more is split by its branches.
+
+    Raises:
+        ValueError: a trajectory longer than the budget, named by its index.
+    """
+    parts: list[list[int]] = []
+    lengths: list[int] = []
+    for group in groups:
+        for part in _within(group, trajectories, budget):
+            parts.append(part)
+            lengths.append(_computed(part, trajectories))
+    packs = best_fit_decreasing(lengths, budget)
+    return [[i for part in pack for i in parts[part]] for pack in packs]
+
+
+def _computed(indices: Sequence[int], trajectories: Sequence[TokenizedTrajectory]) -> int:
+    return len(prefix_tree([trajectories[i].input_ids for i in indices]))
+
+
+def _within(
+    group: Sequence[int], trajectories: Sequence[TokenizedTrajectory], budget: int
+) -> list[list[int]]:
+    """The group, or parts of it that share as much as they can, within the budget."""
+    for i in group:
+        if len(trajectories[i]) > budget:
+            raise ValueError(
+                f"trajectory {i} has {len(trajectories[i])} tokens; "
+                f"expected at most the budget of {budget}"
+            )
+    if _computed(group, trajectories) <= budget:
+        return [list(group)]
+    parts: list[list[int]] = [[]]
+    for place in prefix_order([np.asarray(trajectories[i].input_ids) for i in group]):
+        if _computed([*parts[-1], group[place]], trajectories) > budget:
+            parts.append([])
+        parts[-1].append(group[place])
+    return parts
+
+
 def collate(
-    trajectories: Sequence[TokenizedTrajectory], *, with_old_log_probs: bool = False
+    trajectories: Sequence[TokenizedTrajectory],
+    *,
+    with_old_log_probs: bool = False,
+    share: bool = False,
 ) -> PackedBatch:
-    """Packs trajectories in the order given."""
+    """Packs trajectories in the order given.
+
+    ``share`` adds the prefix tree: what trajectories have in common is computed once.
+    """
     lengths = torch.tensor([0, *(len(t) for t in trajectories)])
     cu_seqlens = lengths.cumsum(0)
     ids = torch.tensor([i for t in trajectories for i in t.input_ids], dtype=torch.int64)
@@ -106,4 +166,5 @@ def collate(
         cu_seqlens=cu_seqlens.to(torch.int32),
         max_seqlen=int(lengths.max()),
         old_log_probs=old,
+        tree=prefix_tree([t.input_ids for t in trajectories]) if share else None,
     )

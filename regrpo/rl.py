@@ -29,11 +29,18 @@ from regrpo.collect import collect
 from regrpo.config import TrainConfig
 from regrpo.environment import Environment
 from regrpo.losses import packed_log_probs, policy_loss
-from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
+from regrpo.modeling import (
+    CausalLM,
+    head,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    logit_softcap,
+)
 from regrpo.options.clip_bounds import adaptive_bounds
 from regrpo.options.demonstrations import demonstration_tokens, hard_states
 from regrpo.options.refinements import shaped_slope
-from regrpo.packing import PackedBatch, best_fit_decreasing, collate
+from regrpo.packing import PackedBatch, best_fit_decreasing, collate, pack_groups
 from regrpo.rollout import Trajectory
 from regrpo.sampling import LocalPolicy
 from regrpo.sft import NLL
@@ -93,6 +100,7 @@ class Learner:
             beta=0.0 if constant else config.beta,
             kl_estimator="k1" if constant else config.kl_estimator,
             temperature=config.temperature,
+            softcap=logit_softcap(model),
             loss_agg_mode=config.loss_agg_mode,
             max_completion_length=turns * config.max_new_tokens,
         )
@@ -116,7 +124,10 @@ class Learner:
     def log_probs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities [T] of the trained tokens, now."""
         hidden = hidden_states(self.model, batch)
-        return packed_log_probs(hidden, *head(self.model), batch, self.config.temperature)
+        objective = self.objective
+        return packed_log_probs(
+            hidden, *head(self.model), batch, objective.temperature, objective.softcap
+        )
 
     def reference_log_probs(self, batch: PackedBatch) -> torch.Tensor | None:
         """Log-probabilities [T] under the reference; None where no KL is asked for."""
@@ -168,10 +179,12 @@ class Learner:
         """Accumulates the gradient of refinements, by their shaped ratio."""
         assert batch.advantages is not None
         hidden = hidden_states(self.model, batch)
-        temperature = self.config.temperature
-        now = packed_log_probs(hidden, *head(self.model), batch, temperature)
+        objective = self.objective
+        now = packed_log_probs(
+            hidden, *head(self.model), batch, objective.temperature, objective.softcap
+        )
         shaped = batch.advantages * shaped_slope(now, self.config.options.refinement_gamma)
-        objective = replace(self.objective, policy="reinforce", ratio_level="token", beta=0.0)
+        objective = replace(objective, policy="reinforce", ratio_level="token", beta=0.0)
         batch = replace(batch, advantages=shaped, ref_log_probs=None)
         policy_loss(hidden, *head(self.model), batch, objective, normalizer).loss.backward()
 
@@ -247,7 +260,7 @@ def update(
 
     def packs_from(*origins: str) -> list[PackedBatch]:
         indices = [i for i in choice.used if trajectories[i].origin in origins]
-        packs = pack_chosen(indices, trajectories, full, result, config.batch_tokens)
+        packs = pack_chosen(indices, groups, trajectories, full, result, config.batch_tokens)
         return [batch.to(training.device) for batch in packs]
 
     packs, refined = packs_from("policy", "replay"), packs_from("refinement")
@@ -273,20 +286,21 @@ def update(
 
 def pack_chosen(
     indices: Sequence[int],
+    groups: Sequence[int],
     trajectories: Sequence[Trajectory],
     full: PackedBatch,
     result: ReflectionAdvantages,
     batch_tokens: int,
 ) -> list[PackedBatch]:
-    """Packs of some of the trajectories of ``full``, with their advantages."""
+    """Packs of some of the trajectories of ``full``, with their advantages; what those of a group
+    share is computed once."""
     starts = full.cu_seqlens.tolist()
+    tokens = [t.tokens for t in trajectories]
+    members = [[i for i in indices if groups[i] == group] for group in dict.fromkeys(groups)]
     packs = []
-    for pack in best_fit_decreasing([len(trajectories[i].tokens) for i in indices], batch_tokens):
-        chosen = [indices[i] for i in pack]
-        batch = collate(
-            [trajectories[i].tokens for i in chosen],
-            with_old_log_probs=full.old_log_probs is not None,
-        )
+    for chosen in pack_groups([m for m in members if m], tokens, batch_tokens):
+        sampled = full.old_log_probs is not None
+        batch = collate([tokens[i] for i in chosen], with_old_log_probs=sampled, share=True)
         rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen])
         packs.append(replace(batch, advantages=result.token_advantages[rows]))
     return packs

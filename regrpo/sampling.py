@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.cached_rows import CachedRows
-from regrpo.decoding import Continuations
-from regrpo.modeling import CausalLM, base_model, why_not_packed
+from regrpo.decoding import Continuations, decodes
+from regrpo.modeling import CausalLM, base_model
 from regrpo.segments import ChatFormat
 from regrpo_kernels import token_log_probs
 
@@ -149,7 +149,7 @@ def _decode(
     generator: torch.Generator | None,
 ) -> list[Sample]:
     rows: Continuations | CachedRows
-    if why_not_packed(base_model(model)) is None:
+    if decodes(base_model(model)):
         rows = Continuations(model, prompts)
     else:
         rows = CachedRows(model, prompts, pad_id)

@@ -7,6 +7,7 @@ its context, end-of-turn tokens are trained, sequences are packed and never see 
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from rich.progress import Progress
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from regrpo.config import SFTConfig, SourceConfig
 from regrpo.data_engine.recorded import failed_turns
 from regrpo.losses import policy_loss
-from regrpo.modeling import head, hidden_states, load_model, load_tokenizer
+from regrpo.modeling import head, hidden_states, load_model, load_tokenizer, logit_softcap
 from regrpo.packing import collate
 from regrpo.provenance import provenance
 from regrpo.records import Record, read_records
@@ -126,6 +127,7 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
     for reason, count in skipped.items():
         print(f"left out {count} records: {reason}")
     model.train()
+    objective = replace(NLL, softcap=logit_softcap(model))
     files = [source.path for source in config.data]
     with Run(config.out, config, model, tokenizer, config.optim, config.steps, files) as run:
         task = (
@@ -137,7 +139,8 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
         while run.step < config.steps:
             batch = collate([trajectories[i] for i in next(order)]).to(run.device)
             trained = batch.loss_mask.sum()
-            loss = policy_loss(hidden_states(model, batch), *head(model), batch, NLL, trained).loss
+            hidden = hidden_states(model, batch)
+            loss = policy_loss(hidden, *head(model), batch, objective, trained).loss
             loss.backward()
             norm = run.update()
             run.log(
