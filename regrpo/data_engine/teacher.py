@@ -1,14 +1,18 @@
-"""A deterministic teacher: the Reflection-of-Thought triplet, grounded in the real observation.
+"""Teachers write the Reflection-of-Thought triplet, grounded in the real observation.
 
-It sees what a reader of the trajectory sees (the failed call, its observation, the correction) and
-no more, and cites the observation: the edges that lead from the wrong argument to the right one, or
-the line that names the right one, or the error itself.
+The deterministic one is here. It sees what a reader of the trajectory sees (the failed call, its
+observation, the correction) and no more, and cites the observation: the edges that lead from the
+wrong argument to the right one, or the line that names the right one, or the error itself.
 """
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from regrpo.tool_calls import Reflection, ToolCall
+from regrpo.workspace import WorkspaceFile
 
 _EDGE = re.compile(r"(?:^|\s)(\S+) -> (\S+?)(?=[\s,;]|$)", re.MULTILINE)
 
@@ -64,3 +68,52 @@ def _follow(observation: str, start: Any, end: Any) -> list[str] | None:
             return None
         path.append(edges[path[-1]])
     return path if len(path) > 1 else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A failure and its repair, as a teacher gets them."""
+
+    question: str
+    error_type: str
+    failed: ToolCall
+    observation: str
+    corrected: ToolCall
+    workspace: tuple[WorkspaceFile, ...] | Path = ()
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why there is no triplet for a case."""
+
+    reason: str
+
+
+class Teacher(Protocol):
+    """Explains failures, a batch at a time."""
+
+    def explain(self, cases: Sequence[Case]) -> list[Reflection | Declined]:
+        """A triplet for each case, or why there is none, in order."""
+        ...
+
+
+class GroundedTeacher:
+    """`explain` for each case; an argument of the wrong type is explained by the error itself."""
+
+    def explain(self, cases: Sequence[Case]) -> list[Reflection | Declined]:
+        """See `Teacher.explain`."""
+        return [self._explain(case) for case in cases]
+
+    def _explain(self, case: Case) -> Reflection | Declined:
+        failed, corrected = case.failed, case.corrected
+        pairs = zip(failed.args, corrected.args, strict=False)
+        right = next((b for a, b in pairs if type(a) is not type(b)), None)
+        if failed.name == corrected.name and right is not None:
+            plan = (
+                right
+                if isinstance(right, str)
+                else [b for b in corrected.args if isinstance(b, int)]
+            )
+            return Reflection(case.error_type, _first_line(case.observation), f"use {plan}")
+        reflection = explain(case.error_type, failed, case.observation, corrected)
+        return reflection or Declined("repair not in the observation")

@@ -173,15 +173,16 @@ def test_an_interrupted_write_leaves_no_torn_corpus(tmp_path, environment, monke
     config = DataConfig(out=str(tmp_path), count=16, tasks=TaskConfig(seed=21))
     write_corpora(config, environment)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(before) == {"config.json", "success.jsonl", "clean.jsonl", "rot.jsonl"}
     broken = ["ok", {"conversations": object()}]
 
     def unserialisable(*args, **kwargs):
         return engine.Corpus(success=broken, clean=broken, rot=broken)
 
-    monkeypatch.setattr(engine, "build", unserialisable)
+    monkeypatch.setattr(engine, "_corpus", unserialisable)
     with pytest.raises(TypeError):
         write_corpora(config, environment)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
     (tmp_path / "rot.jsonl").write_bytes(before["rot.jsonl"][:-9])
     with pytest.raises(RecordError, match=r"rot\.jsonl:\d+: "):
         read_records(tmp_path / "rot.jsonl")
