@@ -39,9 +39,11 @@ from regrpo.tools import Observation, Status
 from regrpo.trajectory import Message, Start
 
 CHUNK = 64  # tasks that are executed between two entries of the journal
-# What may change between a build and its resumption: the records do not depend on it.
-UNCLAIMED = ("api_key_env", "concurrency", "timeout_s", "retries", "backoff_s", "max_wait_s")
-PRICES = ("input_price", "output_price")
+# What of the teacher may change between a build and its resumption: not what it is asked.
+UNCLAIMED = (
+    *("base_url", "api_key_env", "concurrency", "timeout_s", "retries", "backoff_s", "max_wait_s"),
+    *("input_price", "output_price", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -141,24 +143,27 @@ def demonstrate(
                 raise RuntimeError(
                     f"task {task.id}: reference call {step.call.render()} gave {observation.text!r}"
                 )
-        failures = []
+        demo, failures = Demonstration(task, observations, ()), []
         for index, error_type, call in candidates:
             observation = next(results)
             if observation.status is Status.OK:
                 dropped["near-miss did not fail"] += 1
                 continue
-            (told,) = GroundedTeacher().explain([_case(task, index, error_type, call, observation)])
+            (told,) = GroundedTeacher().explain(
+                [_case(demo, index, error_type, call, observation.text)]
+            )
             if isinstance(told, Declined):
                 dropped[told.reason] += 1
                 continue
             failures.append(Failure(index, error_type, call, observation, told))
-        demonstrations.append(Demonstration(task, observations, tuple(failures)))
+        demonstrations.append(replace(demo, failures=tuple(failures)))
     return demonstrations, dropped
 
 
-def _case(task: Task, step: int, error_type: str, call: ToolCall, observation: Observation) -> Case:
+def _case(demo: Demonstration, step: int, error_type: str, call: ToolCall, text: str) -> Case:
+    task, seen = demo.task, tuple(o.text for o in demo.observations[:step])
     corrected = task.steps[step].call
-    return Case(task.question, error_type, call, observation.text, corrected, task.workspace)
+    return Case(task.question, error_type, call, text, corrected, task.workspace, seen)
 
 
 def build(
@@ -213,7 +218,7 @@ def rewrite(
 ) -> list[tuple[Demonstration, list[Failure]]]:
     """The same with the teacher's triplets; failures that it declines are dropped and counted."""
     cases = [
-        _case(demo.task, f.step, f.error_type, f.call, f.observation)
+        _case(demo, f.step, f.error_type, f.call, f.observation.text)
         for demo, failures in chosen
         for f in failures
     ]
@@ -273,7 +278,7 @@ def _record(demo: Demonstration, failures: Sequence[Failure], told: Failure | No
             "final_answer": task.answer,
         }
         if told.by_endpoint:
-            record["rot_meta"]["provenance"] = {"observation": "executed", "reflection": "teacher"}
+            record["regrpo"] = {"reflection": "teacher"}
     return record
 
 
@@ -376,6 +381,6 @@ def _claimed(config: DataConfig) -> dict[str, Any]:
     """What the records depend on."""
     claimed = asdict(config)
     del claimed["out"]
-    for name in (*UNCLAIMED, *PRICES):
+    for name in UNCLAIMED:
         del claimed["teacher"][name]
     return claimed

@@ -159,7 +159,7 @@ class OpenAITeacher:
             if getattr(self.config, name) is not None:
                 fields[name] = getattr(self.config, name)
         body = json.dumps(fields).encode()
-        key = hashlib.sha256(self._url.encode() + b"\n" + body).hexdigest()
+        key = hashlib.sha256(body).hexdigest()  # the same model may move to another address
         async with self._locks[key]:  # two cases alike are one request
             if key not in self._known:
                 entry = {"key": key, **await self._request(client, body, key)}
@@ -211,7 +211,7 @@ class OpenAITeacher:
         try:
             response = await client.post(self._url, content=body)
         except httpx.RequestError as error:  # no connection, a broken one, or a torn body
-            raise _Broken(str(error) or type(error).__name__) from error
+            raise _Broken(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         status = response.status_code
         text = f"status {status}: {self._excerpt(response.text)}"
         if status in _REPEATABLE or status >= 500:

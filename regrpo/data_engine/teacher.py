@@ -7,7 +7,7 @@ wrong argument to the right one, or the line that names the right one, or the er
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +72,7 @@ def _follow(observation: str, start: Any, end: Any) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A failure and its repair, as a teacher gets them."""
+    """A failure and its repair, as a teacher gets them; `seen` are the observations before."""
 
     question: str
     error_type: str
@@ -80,6 +80,7 @@ class Case:
     observation: str
     corrected: ToolCall
     workspace: tuple[WorkspaceFile, ...] | Path = ()
+    seen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,11 @@ class Teacher(Protocol):
 
 
 class GroundedTeacher:
-    """`explain` for each case; an argument of the wrong type is explained by the error itself."""
+    """`explain` for each case.
+
+    Where an argument has the wrong type, or what is right was known before, the error is what tells
+    of the mistake: it is the evidence.
+    """
 
     def explain(self, cases: Sequence[Case]) -> list[Reflection | Declined]:
         """See `Teacher.explain`."""
@@ -106,6 +111,7 @@ class GroundedTeacher:
 
     def _explain(self, case: Case) -> Reflection | Declined:
         failed, corrected = case.failed, case.corrected
+        error = _first_line(case.observation)
         pairs = zip(failed.args, corrected.args, strict=False)
         right = next((b for a, b in pairs if type(a) is not type(b)), None)
         if failed.name == corrected.name and right is not None:
@@ -114,6 +120,9 @@ class GroundedTeacher:
                 if isinstance(right, str)
                 else [b for b in corrected.args if isinstance(b, int)]
             )
-            return Reflection(case.error_type, _first_line(case.observation), f"use {plan}")
+            return Reflection(case.error_type, error, f"use {plan}")
         reflection = explain(case.error_type, failed, case.observation, corrected)
-        return reflection or Declined("repair not in the observation")
+        if reflection is None:
+            return Declined("repair not in the observation")
+        known = any(_names(text, reflection.evidence) for text in (case.question, *case.seen))
+        return replace(reflection, evidence=error) if known else reflection

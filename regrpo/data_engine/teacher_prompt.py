@@ -33,8 +33,10 @@ _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"
 
 def question(case: Case, *, images: bool) -> list[dict[str, Any]]:
     """The messages about a case; with ``images``, those that its calls name come as data URLs."""
+    before = "".join(f"Seen before:\n{observation}\n" for observation in case.seen)
     text = (
-        f"Task: {case.question}\nFailed call: {case.failed.render()}\n"
+        f"Task: {case.question}\n{before}"
+        f"Failed call: {case.failed.render()}\n"
         f"Error type: {case.error_type}\nObservation:\n{case.observation}\n"
         f"Corrected call: {case.corrected.render()}"
     )

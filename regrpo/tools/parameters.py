@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 
@@ -41,6 +42,7 @@ class Parameter:
     required: bool
 
 
+@cache
 def typed_parameters(tool: Callable[..., Any]) -> tuple[Parameter, ...]:
     """The parameters of a tool without the workspace root."""
     hints = get_type_hints(tool, include_extras=True)

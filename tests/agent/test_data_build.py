@@ -154,7 +154,7 @@ def test_killed_while_the_teacher_answers_no_call_is_paid_twice(tmp_path, enviro
         assert not endpoint.bodies
     for record in read_records(out / "rot.jsonl"):
         meta = record["rot_meta"]
-        assert meta["provenance"]["reflection"] == "teacher"
+        assert record["regrpo"]["reflection"] == "teacher"
         assert meta["reflection"]["fix_plan"].startswith("call ")
         told = [m["content"] for m in record["conversations"]]
         assert any(f"- FixPlan: {meta['reflection']['fix_plan']}\n" in text for text in told)
@@ -163,9 +163,8 @@ def test_killed_while_the_teacher_answers_no_call_is_paid_twice(tmp_path, enviro
 def test_declined_failures_are_dropped_and_counted(tmp_path, environment):
     plain = write_corpora(config(tmp_path / "plain"), environment)
     assert "teacher" not in plain
-    assert all(
-        "provenance" not in r["rot_meta"] for r in read_records(tmp_path / "plain/rot.jsonl")
-    )
+    for record in read_records(tmp_path / "plain" / "rot.jsonl"):
+        assert "reflection" not in record.get("regrpo", {})
     with Endpoint() as endpoint:
         endpoint.script = [answer("no")]
         teacher = TeacherConfig(base_url=endpoint.url, model="m", asks=1, concurrency=1)
