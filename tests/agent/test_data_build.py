@@ -90,7 +90,7 @@ def killed(configuration, where, count):
         [sys.executable, "-c", CHILD, json.dumps(asdict(configuration)), where, str(count)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
 
