@@ -19,8 +19,25 @@ def _data_build(config: settings.DataConfig) -> None:
     from regrpo.data_engine.build import write_corpora
     from regrpo.environment import LocalEnvironment
 
-    with LocalEnvironment() as environment:
-        print(write_corpora(config, environment))
+    with LocalEnvironment() as environment, progress_bar() as progress:
+        summary = write_corpora(config, environment, progress)
+    print(summary)
+
+
+def _data_table(config: settings.TableConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from regrpo.data_engine.near_miss import feasibility
+
+    table = Table("tool", "error type", "near-misses")
+    for tool, rows in feasibility().items():
+        for error_type, ways in rows.items():
+            if ways:
+                table.add_row(tool, error_type, ", ".join(ways))
+                tool = ""
+        table.add_section()
+    Console().print(table)
 
 
 def _report(report: Any) -> None:
@@ -146,6 +163,7 @@ COMMANDS: tuple[Command, ...] = (
 )
 DATA_COMMANDS: tuple[Command, ...] = (
     ("build", settings.DataConfig, _data_build, "execute near-misses and write records"),
+    ("table", settings.TableConfig, _data_table, "show what near-misses each tool allows"),
     ("import", settings.DataImportConfig, _data_import, "bring records of others into our form"),
     ("export", settings.DataExportConfig, _data_export, "write records in the official schema"),
     ("mine", settings.DataMineConfig, _data_mine, "find natural recoveries in trajectories"),

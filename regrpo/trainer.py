@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
+from regrpo.claim import claim
 from regrpo.config import OptimConfig
 from regrpo.errors import RunError
 from regrpo.modeling import CausalLM
@@ -69,7 +70,7 @@ class Run:
         claimed = {key: value for key, value in asdict(config).items() if key != "out"}
         if data_files:
             claimed["sha256"] = {path: _sha256(path) for path in data_files}
-        self._claim(claimed)
+        claim(self.out, claimed)
         self._resume()
         self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
@@ -95,20 +96,6 @@ class Run:
     def lr(self) -> float:
         """The learning rate of the last update."""
         return self.optimizer.param_groups[0]["lr"]
-
-    def _claim(self, config: dict[str, Any]) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "config.json"
-        text = json.dumps(config, indent=2) + "\n"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))))
-            now = dict(_flat(json.loads(text)))
-            keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-            raise RunError(
-                f"{self.out} holds a run with another configuration or data (differs in: "
-                f"{', '.join(keys)}); choose another out, or delete the folder"
-            )
-        write_atomically(path, text)
 
     def _resume(self) -> None:
         found = self._checkpoints()
@@ -221,12 +208,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 1 << 62
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested keys as ``optim.lr``."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -74,8 +74,10 @@ class AttentionPlan:
     @cached_property
     def cpu_parts(self) -> list[Part]:
         """Nodes of similar length side by side; each node with descendants before them."""
-        inner = [DensePart(slice(n.stop, n.end), slice(n.start, n.stop)) for n in self._inner()]
-        return [*map(CausalPart, _buckets(self.nodes)), *inner]
+        parts: list[Part] = [CausalPart(bucket) for bucket in _buckets(self.nodes)]
+        for n in self._inner():
+            parts.append(DensePart(slice(n.stop, n.end), slice(n.start, n.stop)))
+        return parts
 
     @cached_property
     def cuda_parts(self) -> list[Part]:

@@ -10,22 +10,29 @@ nothing else:
   on to the answer.
 
 A near-miss is kept only if executing it fails, executing the correction succeeds, and the
-observation tells how to get from one to the other.
+observation tells how to get from one to the other. An endpoint as the teacher rewrites the triplets
+of the failures that are kept and chosen, no others: its answers cost money.
 """
 
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from regrpo import provenance
+from regrpo.claim import claim
 from regrpo.config import DataConfig
-from regrpo.data_engine.near_miss import ERROR_SHARES, near_misses
-from regrpo.data_engine.teacher import explain, long_winded
+from regrpo.data_engine.near_miss import near_misses, target_shares
+from regrpo.data_engine.recording import Recording
+from regrpo.data_engine.teacher import Case, Declined, GroundedTeacher, Teacher, long_winded
 from regrpo.environment import Environment
+from regrpo.journal import Journal
 from regrpo.prompts import observation_turn, opening, thought
 from regrpo.records import Record, write_records
 from regrpo.tasks import Task
@@ -33,6 +40,13 @@ from regrpo.tool_calls import Reflection, ToolCall, Turn
 from regrpo.tools import Observation, Status
 from regrpo.trajectory import Message, Start
 from regrpo.workspace import file_to_dict
+
+CHUNK = 64  # tasks that are executed between two entries of the journal
+# What of the teacher may change between a build and its resumption: not what it is asked.
+UNCLAIMED = (
+    *("base_url", "api_key_env", "concurrency", "timeout_s", "retries", "backoff_s", "max_wait_s"),
+    *("input_price", "output_price", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Failure:
     call: ToolCall
     observation: Observation
     reflection: Reflection
+    by_endpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,11 +114,17 @@ def failed_turns(failure: Failure) -> list[Message]:
 
 
 def demonstrate(
-    environment: Environment, tasks: Sequence[Task], *, seed: int, long_share: float = 0.0
+    environment: Environment,
+    tasks: Sequence[Task],
+    *,
+    seed: int,
+    non_commit: bool = False,
+    long_share: float = 0.0,
 ) -> tuple[list[Demonstration], Counter[str]]:
     """Executes every reference call and every near-miss of the tasks.
 
     Args:
+        non_commit: make near-misses of the type NonCommit as well.
         long_share: share of the reflections that are long-winded.
 
     Returns the demonstrations and how many near-misses each gate dropped.
@@ -117,7 +138,7 @@ def demonstrate(
         candidates = [
             (index, error_type, call)
             for index, step in enumerate(task.steps)
-            for error_type, call in near_misses(step, rng).items()
+            for error_type, call in near_misses(step, rng, non_commit=non_commit).items()
         ]
         plan.append(candidates)
         calls = [*(s.call for s in task.steps), *(call for _, _, call in candidates)]
@@ -131,21 +152,29 @@ def demonstrate(
                 raise RuntimeError(
                     f"task {task.id}: reference call {step.call.render()} gave {observation.text!r}"
                 )
-        failures = []
+        demo, failures = Demonstration(task, observations, ()), []
         for index, error_type, call in candidates:
             observation = next(results)
             if observation.status is Status.OK:
                 dropped["near-miss did not fail"] += 1
                 continue
-            reflection = explain(error_type, call, observation.text, task.steps[index].call)
-            if reflection is None:
-                dropped["repair not in the observation"] += 1
+            (told,) = GroundedTeacher().explain(
+                [_case(demo, index, error_type, call, observation.text)]
+            )
+            if isinstance(told, Declined):
+                dropped[told.reason] += 1
                 continue
             if random.Random(f"{seed}-{task.id}-{index}-{error_type}").random() < long_share:
-                reflection = long_winded(reflection, call, task.steps[index].call)
-            failures.append(Failure(index, error_type, call, observation, reflection))
-        demonstrations.append(Demonstration(task, observations, tuple(failures)))
+                told = long_winded(told, call, task.steps[index].call)
+            failures.append(Failure(index, error_type, call, observation, told))
+        demonstrations.append(replace(demo, failures=tuple(failures)))
     return demonstrations, dropped
+
+
+def _case(demo: Demonstration, step: int, error_type: str, call: ToolCall, text: str) -> Case:
+    task, seen = demo.task, tuple(o.text for o in demo.observations[:step])
+    corrected = task.steps[step].call
+    return Case(task.question, error_type, call, text, corrected, task.workspace, seen)
 
 
 def build(
@@ -156,35 +185,87 @@ def build(
     near_miss_share: float = 0.35,
     long_share: float = 0.0,
 ) -> Corpus:
-    """Builds the three corpora.
+    """Builds the three corpora in one go; see `demonstrate` and `choose`."""
+    demonstrations, dropped = demonstrate(environment, tasks, seed=seed, long_share=long_share)
+    chosen = choose(
+        demonstrations, seed=seed, near_miss_share=near_miss_share, shares=target_shares()
+    )
+    return _corpus(chosen, dropped)
+
+
+def choose(
+    demonstrations: Sequence[Demonstration],
+    *,
+    seed: int,
+    near_miss_share: float,
+    shares: Mapping[str, float],
+) -> list[tuple[Demonstration, list[Failure]]]:
+    """Each demonstration with the failures that its record tells of, none without such a record.
 
     Args:
         near_miss_share: share of the tasks without a trap that get a forced near-miss record as
-            well; its error type is the feasible one that lags furthest behind ``ERROR_SHARES``.
-        long_share: share of the reflections that are long-winded.
+            well; its error type is the feasible one that lags furthest behind ``shares``.
     """
-    demonstrations, dropped = demonstrate(environment, tasks, seed=seed, long_share=long_share)
-    corpus = Corpus(dropped=dropped)
     counts: Counter[str] = Counter()
     rng = random.Random(seed)
+    chosen = []
     for demo in demonstrations:
-        traps = demo.traps
+        failures: list[Failure] = []
+        if not demo.task.trapped:
+            if demo.failures and rng.random() < near_miss_share:
+                total = sum(counts.values()) + 1
+                failures = [
+                    min(
+                        demo.failures,
+                        key=lambda f: counts[f.error_type] / total - shares[f.error_type],
+                    )
+                ]
+        elif len(demo.traps) == sum(s.trap is not None for s in demo.task.steps):
+            # One record tells of one failure, the last; the earlier ones stand in its context.
+            failures = demo.traps
+        if failures:
+            counts[failures[-1].error_type] += 1
+        chosen.append((demo, failures))
+    return chosen
+
+
+def rewrite(
+    chosen: Sequence[tuple[Demonstration, list[Failure]]], teacher: Teacher, dropped: Counter[str]
+) -> list[tuple[Demonstration, list[Failure]]]:
+    """The same with the teacher's triplets; failures that it declines are dropped and counted."""
+    cases = [
+        _case(demo, f.step, f.error_type, f.call, f.observation.text)
+        for demo, failures in chosen
+        for f in failures
+    ]
+    answers = iter(teacher.explain(cases))
+    rewritten = []
+    for demo, failures in chosen:
+        told = [(failure, next(answers)) for failure in failures]
+        reasons = [answer.reason for _, answer in told if isinstance(answer, Declined)]
+        dropped.update(reasons[:1])
+        rewritten.append(
+            (
+                demo,
+                [
+                    replace(failure, reflection=answer, by_endpoint=True)
+                    for failure, answer in told
+                    if isinstance(answer, Reflection) and not reasons
+                ],
+            )
+        )
+    return rewritten
+
+
+def _corpus(chosen: Sequence[tuple[Demonstration, list[Failure]]], dropped: Counter[str]) -> Corpus:
+    corpus = Corpus(dropped=dropped)
+    for demo, failures in chosen:
         record = _record(demo, [], None)
         corpus.success.append(record)
         if not demo.task.trapped:
             corpus.clean.append(record)
-            if demo.failures and rng.random() < near_miss_share:
-                total = sum(counts.values()) + 1
-                chosen = min(
-                    demo.failures,
-                    key=lambda f: counts[f.error_type] / total - ERROR_SHARES[f.error_type],
-                )
-                counts[chosen.error_type] += 1
-                corpus.rot.append(_record(demo, [chosen], chosen))
-        elif len(traps) == sum(s.trap is not None for s in demo.task.steps):
-            # One record tells of one failure, the last; the earlier ones stand in its context.
-            counts[traps[-1].error_type] += 1
-            corpus.rot.append(_record(demo, traps, traps[-1]))
+        if failures:
+            corpus.rot.append(_record(demo, failures, failures[-1]))
     return corpus
 
 
@@ -213,6 +294,8 @@ def _record(demo: Demonstration, failures: Sequence[Failure], told: Failure | No
             "final_answer": task.answer,
         }
     record[provenance.KEY] = _origin(task, failed=told is not None)
+    if told is not None and told.by_endpoint:
+        record[provenance.KEY]["reflection"] = "teacher"
     return record
 
 
@@ -264,29 +347,79 @@ def local_starts(
     return starts
 
 
-def write_corpora(config: DataConfig, environment: Environment) -> str:
+def write_corpora(
+    config: DataConfig, environment: Environment, progress: Progress | None = None
+) -> str:
     """Builds and writes ``success.jsonl``, ``clean.jsonl`` and ``rot.jsonl``; returns a summary.
 
-    The same configuration writes the same bytes; each file appears whole or not at all.
+    The same configuration writes the same bytes; each file appears whole or not at all. A build
+    that was killed goes on where it stopped, from a journal in the folder; the teacher's answers
+    stay there, and none is paid for twice.
+
+    Raises:
+        RunError: the folder belongs to another configuration or process, or the teacher's endpoint
+            does not answer: what it answered is kept.
     """
-    tasks = config.tasks
-    corpus = build(
-        environment,
-        tasks.generate(config.count),
-        seed=tasks.seed,
-        near_miss_share=config.near_miss_share,
-        long_share=config.long_share,
-    )
     out = Path(config.out)
-    for name in ("success", "clean", "rot"):
-        write_records(out / f"{name}.jsonl", getattr(corpus, name))
+    shares = target_shares(config.non_commit_share)
+    with ExitStack() as stack:
+        teacher = None
+        if config.teacher.base_url is None:
+            claim(out, _claimed(config))
+        else:
+            from regrpo.data_engine.openai_teacher import OpenAITeacher, read_key  # slow to import
+
+            key = read_key(config.teacher.api_key_env)
+            claim(out, _claimed(config))
+            answers = stack.enter_context(Journal(out / "teacher.jsonl"))
+            teacher = OpenAITeacher(config.teacher, key, answers, progress)
+        journal = stack.enter_context(Journal(out / "executed.jsonl"))
+        recording = Recording(environment, journal)
+        bar = progress.add_task("execute", total=config.count) if progress else None
+        demonstrations: list[Demonstration] = []
+        dropped: Counter[str] = Counter()
+        for first in range(0, config.count, CHUNK):
+            tasks = config.tasks.generate(min(CHUNK, config.count - first), first=first)
+            made, lost = demonstrate(
+                recording,
+                tasks,
+                seed=config.tasks.seed,
+                non_commit=config.non_commit_share > 0,
+                long_share=config.long_share,
+            )
+            demonstrations += made
+            dropped.update(lost)
+            if progress and bar is not None:
+                progress.update(bar, advance=len(tasks))
+        chosen = choose(
+            demonstrations,
+            seed=config.tasks.seed,
+            near_miss_share=config.near_miss_share,
+            shares=shares,
+        )
+        if teacher is not None:
+            chosen = rewrite(chosen, teacher, dropped)
+        corpus = _corpus(chosen, dropped)
+        for name in ("success", "clean", "rot"):
+            write_records(out / f"{name}.jsonl", getattr(corpus, name))
+        (out / "executed.jsonl").unlink()  # only the way there; the same command makes it again
     types = Counter(r["rot_meta"]["error_type"] for r in corpus.rot)
     lines = [
         f"{out}: {len(corpus.success)} success, {len(corpus.clean)} clean, {len(corpus.rot)} rot",
         *(
             f"  {name}: {types[name] / max(1, len(corpus.rot)):.3f} (target {share:.3f})"
-            for name, share in ERROR_SHARES.items()
+            for name, share in shares.items()
         ),
         *(f"  dropped {count}: {reason}" for reason, count in sorted(corpus.dropped.items())),
+        *([f"  teacher: {teacher.usage}"] if teacher else []),
     ]
     return "\n".join(lines)
+
+
+def _claimed(config: DataConfig) -> dict[str, Any]:
+    """What the records depend on."""
+    claimed = asdict(config)
+    del claimed["out"]
+    for name in UNCLAIMED:
+        del claimed["teacher"][name]
+    return claimed

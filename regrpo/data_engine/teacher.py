@@ -1,16 +1,19 @@
-"""A deterministic teacher: the Reflection-of-Thought triplet, grounded in the real observation.
+"""Teachers write the Reflection-of-Thought triplet, grounded in the real observation.
 
-It sees what a reader of the trajectory sees (the failed call, its observation, the correction) and
-no more, and cites the observation: the edges that lead from the wrong argument to the right one, or
-the line that names the right one, or the error itself.
+The deterministic one is here. It sees what a reader of the trajectory sees (the failed call, its
+observation, the correction) and no more, and cites the observation: the edges that lead from the
+wrong argument to the right one, or the line that names the right one, or the error itself.
 """
 
 import re
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from regrpo.tool_calls import Reflection, ToolCall
+from regrpo.workspace import WorkspaceFile
 
 _EDGE = re.compile(r"(?:^|\s)(\S+) -> (\S+?)(?=[\s,;]|$)", re.MULTILINE)
 
@@ -78,3 +81,61 @@ def _follow(observation: str, start: Any, end: Any) -> list[str] | None:
             return None
         path.append(edges[path[-1]])
     return path if len(path) > 1 else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A failure and its repair, as a teacher gets them; `seen` are the observations before."""
+
+    question: str
+    error_type: str
+    failed: ToolCall
+    observation: str
+    corrected: ToolCall
+    workspace: tuple[WorkspaceFile, ...] | Path = ()
+    seen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why there is no triplet for a case."""
+
+    reason: str
+
+
+class Teacher(Protocol):
+    """Explains failures, a batch at a time."""
+
+    def explain(self, cases: Sequence[Case]) -> list[Reflection | Declined]:
+        """A triplet for each case, or why there is none, in order."""
+        ...
+
+
+class GroundedTeacher:
+    """`explain` for each case.
+
+    Where an argument has the wrong type, or what is right was known before, the error is what tells
+    of the mistake: it is the evidence.
+    """
+
+    def explain(self, cases: Sequence[Case]) -> list[Reflection | Declined]:
+        """See `Teacher.explain`."""
+        return [self._explain(case) for case in cases]
+
+    def _explain(self, case: Case) -> Reflection | Declined:
+        failed, corrected = case.failed, case.corrected
+        error = _first_line(case.observation)
+        pairs = zip(failed.args, corrected.args, strict=False)
+        right = next((b for a, b in pairs if type(a) is not type(b)), None)
+        if failed.name == corrected.name and right is not None:
+            plan = (
+                right
+                if isinstance(right, str)
+                else [b for b in corrected.args if isinstance(b, int)]
+            )
+            return Reflection(case.error_type, error, f"use {plan}")
+        reflection = explain(case.error_type, failed, case.observation, corrected)
+        if reflection is None:
+            return Declined("repair not in the observation")
+        known = any(_names(text, reflection.evidence) for text in (case.question, *case.seen))
+        return replace(reflection, evidence=error) if known else reflection

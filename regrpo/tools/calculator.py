@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regrpo.tools.observation import Observation, Status, failure
+from regrpo.tools.parameters import Expression
 
 MAX_CHARS = 2000
 MAX_BITS = 4096  # of an integer, about 1,200 digits
@@ -37,7 +38,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def calculator(root: Path, expression: str) -> Observation:
+def calculator(root: Path, expression: Expression) -> Observation:
     """Arithmetic: + - * / // % **, parentheses, round, min, max, abs, sum.
 
     Integers are exact; other results have at most 10 significant digits.

@@ -8,10 +8,11 @@ import json
 from pathlib import Path, PurePosixPath
 
 from regrpo.tools.observation import Observation, Status, failure
+from regrpo.tools.parameters import PathText
 from regrpo.tools.paths import listing, path_failure, read_inside
 
 
-def read_file(root: Path, path: str) -> Observation:
+def read_file(root: Path, path: PathText) -> Observation:
     """Read a text file; .csv and .json are parsed. Symbolic links are never followed."""
     try:
         data = read_inside(root, path)
@@ -24,7 +25,7 @@ def read_file(root: Path, path: str) -> Observation:
     return Observation(text, Status.OK) if text else Observation("(empty file)", Status.EMPTY)
 
 
-def list_dir(root: Path, path: str = ".") -> Observation:
+def list_dir(root: Path, path: PathText = ".") -> Observation:
     """List a folder, one entry a line: `name`, `name/` (a folder) or `name -> target` (a link)."""
     try:
         text = listing(root, path)

@@ -11,6 +11,7 @@ from PIL import Image
 from regrpo.tools.cache import LRU
 from regrpo.tools.glyphs import UNREADABLE, Line, has_ink, read_page
 from regrpo.tools.observation import Observation, Status, failure
+from regrpo.tools.parameters import Coordinate, PathText
 from regrpo.tools.paths import hashed_order, path_failure, read_inside
 
 MAX_PIXELS = 4_000_000
@@ -36,7 +37,9 @@ class _NamedBytes(io.BytesIO):
         return repr(self._name)
 
 
-def read_region(root: Path, page: str, x0: int, y0: int, x1: int, y1: int) -> Observation:
+def read_region(
+    root: Path, page: PathText, x0: Coordinate, y0: Coordinate, x1: Coordinate, y1: Coordinate
+) -> Observation:
     """Read the text inside the pixels x0 <= x < x1, y0 <= y < y1 of a PNG page.
 
     A character that the region cuts reads `?`. Without any ink inside, the observation is empty

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from regrpo.tools.cache import LRU
 from regrpo.tools.observation import Observation, Status
+from regrpo.tools.parameters import Query
 from regrpo.tools.paths import open_inside, path_failure, read_inside
 
 FOLDER = "docs"
@@ -58,7 +59,7 @@ class _Library:
 _libraries: LRU[tuple[str, tuple[_Stamp, ...]], _Library] = LRU(256)
 
 
-def search(root: Path, query: str) -> Observation:
+def search(root: Path, query: Query) -> Observation:
     """The document that matches the query best, as `name: text`.
 
     Without a match the observation is empty and shows the library's see-references, if it has any.

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from regrpo.tools.observation import Observation, Status, failure
+from regrpo.tools.parameters import PathText, Statement
 from regrpo.tools.paths import open_inside, path_failure
 
 MAX_ROWS = 1000
@@ -25,7 +26,7 @@ _FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer"}  # code, and address
 _SCHEMA = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid"
 
 
-def sql(root: Path, database: str, query: str) -> Observation:
+def sql(root: Path, database: PathText, query: Statement) -> Observation:
     """Run one SELECT on a SQLite file; rows come one a line, columns joined by ", ".
 
     An OperationalError also shows the statements that made the database, as they are stored.

@@ -149,7 +149,7 @@ def test_all_error_types_come_up_and_the_forced_ones_follow_the_target_shares(en
     counts = Counter(r["rot_meta"]["error_type"] for r in corpus.rot)
     assert set(counts) == set(ERROR_SHARES)
     for name, share in ERROR_SHARES.items():
-        assert counts[name] / len(corpus.rot) == pytest.approx(share, abs=0.12), counts
+        assert counts[name] / len(corpus.rot) == pytest.approx(share, abs=0.03), counts
 
 
 def test_write_corpora_is_the_same_byte_for_byte_and_reports_shares(tmp_path, environment):
@@ -173,15 +173,16 @@ def test_an_interrupted_write_leaves_no_torn_corpus(tmp_path, environment, monke
     config = DataConfig(out=str(tmp_path), count=16, tasks=TaskConfig(seed=21))
     write_corpora(config, environment)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(before) == {"config.json", "success.jsonl", "clean.jsonl", "rot.jsonl"}
     broken = ["ok", {"conversations": object()}]
 
     def unserialisable(*args, **kwargs):
         return engine.Corpus(success=broken, clean=broken, rot=broken)
 
-    monkeypatch.setattr(engine, "build", unserialisable)
+    monkeypatch.setattr(engine, "_corpus", unserialisable)
     with pytest.raises(TypeError):
         write_corpora(config, environment)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
     (tmp_path / "rot.jsonl").write_bytes(before["rot.jsonl"][:-9])
     with pytest.raises(RecordError, match=r"rot\.jsonl:\d+: "):
         read_records(tmp_path / "rot.jsonl")
