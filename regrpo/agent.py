@@ -28,8 +28,8 @@ class ReGRPOAgent:
 
     Args:
         model: Hugging Face name, a folder that holds a model, or one that holds a LoRA adapter.
-        tools: further Python functions (`regrpo.tools.custom` says which), run in the sandbox:
-            without network or writing, and within its limits.
+        tools: further Python functions (`regrpo.tools.custom` says which), run in the sandbox,
+            within its limits. It keeps accidents small and is no wall against malice.
         local_tools: functions that run in this process instead, without any limit: for what needs
             the network, writes, or holds a connection.
         reflect: False retries without reflection.
