@@ -39,9 +39,14 @@ class Part(Protocol):
     Queries, keys, values, output and its gradient are [rows, heads, D], log-sum-exps [rows, heads].
     """
 
-    queries: Index
-    keys: Index
-    causal: bool
+    @property
+    def queries(self) -> Index: ...
+
+    @property
+    def keys(self) -> Index: ...
+
+    @property
+    def causal(self) -> bool: ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]: ...
 
@@ -74,10 +79,9 @@ class AttentionPlan:
     @cached_property
     def cpu_parts(self) -> list[Part]:
         """Nodes of similar length side by side; each node with descendants before them."""
-        parts: list[Part] = [CausalPart(bucket) for bucket in _buckets(self.nodes)]
-        for n in self._inner():
-            parts.append(DensePart(slice(n.stop, n.end), slice(n.start, n.stop)))
-        return parts
+        inner = [DensePart(slice(n.stop, n.end), slice(n.start, n.stop)) for n in self._inner()]
+        parts: list[Part] = [*map(CausalPart, _buckets(self.nodes))]
+        return parts + inner
 
     @cached_property
     def cuda_parts(self) -> list[Part]:

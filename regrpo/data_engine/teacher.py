@@ -44,7 +44,11 @@ def long_winded(reflection: Reflection, failed: ToolCall, corrected: ToolCall) -
     names = reflection.evidence.split(" -> ")
     evidence = "; ".join(f"{a} -> {b}" for a, b in pairwise(names)) or reflection.evidence
     wrong: Any = failed.name
-    if failed.name == corrected.name and len(failed.args) == len(corrected.args):
+    if failed.name == corrected.name:
+        pairs = zip(failed.args, corrected.args, strict=False)
+        kinds = {type(x) for pair in pairs if pair[0] != pair[1] for x in pair}
+        if len(failed.args) != len(corrected.args) or kinds not in ({str}, {int}):
+            return replace(reflection, evidence=evidence)  # there is no short name for what changed
         wrong, _ = _difference(failed.args, corrected.args)
     plan = f"{reflection.fix_plan} instead of {list(wrong) if isinstance(wrong, tuple) else wrong}"
     return replace(reflection, evidence=evidence, fix_plan=plan)
