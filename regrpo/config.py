@@ -861,9 +861,9 @@ class DemoConfig:
     seed: int = 0
     pretrain_steps: int = 400
     data_tasks: int = 8000
-    sft_steps: int = 400
+    sft_steps: int = 500
     rl_steps: int = 60
-    eval_tasks: int = 480
+    eval_tasks: int = 320
 
     def __post_init__(self) -> None:
         for name in ("pretrain_steps", "data_tasks", "sft_steps", "rl_steps", "eval_tasks"):

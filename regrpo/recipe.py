@@ -33,9 +33,9 @@ from regrpo.tasks import SERIAL_FAMILIES
 
 WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 6), (1, 6)
 # Serial repairs by themselves, and inside longer tasks.
-RL_FAMILIES = (*SERIAL_FAMILIES * 3, "label", "lookup", "sum")
-# A reflection of the small tokenizer has a fifth of the tokens that it has elsewhere.
-COST = RewardConfig(tokens_per_cost=20.0)
+RL_FAMILIES = (*SERIAL_FAMILIES * 2, "label", "lookup", "sum", "sum")
+# Reflections have 10 to 40 tokens of the small tokenizer: the longest cost half a success.
+COST = RewardConfig(tokens_per_cost=8.0)
 OFFICIAL_CANDIDATES = (
     "one_shot",
     "plain_retry",
@@ -142,7 +142,7 @@ def _rl(config: DemoConfig, name: str, start: str) -> Job:
         "reflect": agent.reflect,
         "states": 40,
         "group_size": 8,
-        "forced_share": 0.8,
+        "forced_share": 0.6,
         "max_new_tokens": 72,
         "beta": 0.005,
         "optim": OptimConfig(lr=6e-4),
