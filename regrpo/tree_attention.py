@@ -74,8 +74,9 @@ class AttentionPlan:
     @cached_property
     def cpu_parts(self) -> list[Part]:
         """Nodes of similar length side by side; each node with descendants before them."""
-        inner = [DensePart(slice(n.stop, n.end), slice(n.start, n.stop)) for n in self._inner()]
-        return [*map(CausalPart, _buckets(self.nodes)), *inner]
+        parts: list[Part] = [CausalPart(bucket) for bucket in _buckets(self.nodes)]
+        parts += [DensePart(slice(n.stop, n.end), slice(n.start, n.stop)) for n in self._inner()]
+        return parts
 
     @cached_property
     def cuda_parts(self) -> list[Part]:
@@ -157,7 +158,7 @@ class CausalPart:
         return dq, dk, dv
 
 
-@dataclass(frozen=True)
+@dataclass
 class DensePart:
     """The descendants of a node against its keys, on a CPU."""
 
@@ -278,7 +279,7 @@ class PartsAttention(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         keys, values = _repeated(k, q), _repeated(v, q)
         wide = torch.promote_types(q.dtype, torch.float32)
