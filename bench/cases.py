@@ -111,7 +111,7 @@ class UpdateCase:
 
     @property
     def shape(self) -> str:
-        return f"{self.context} + {self.group} tails x {self.vocab}"
+        return f"{self.context} x {self.group} x {self.vocab}"
 
     @property
     def needs(self) -> int:

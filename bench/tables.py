@@ -117,7 +117,17 @@ def update_table(records: list[Record]) -> str:
     """Whole updates. Tokens are those of all trajectories; "x ours": time and extra memory over
     those of ours.
     """
-    head = ["samples", "dtype", "provider", "s", "tokens/s", "x ours", "extra MB", "x ours", "note"]
+    head = [
+        "context x K x vocabulary",
+        "dtype",
+        "provider",
+        "s",
+        "tokens/s",
+        "x ours",
+        "extra MB",
+        "x ours",
+        "note",
+    ]
     rows = [head]
     for case in cases(records):
         ours = case[0]

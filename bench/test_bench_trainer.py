@@ -1,7 +1,7 @@
 """One update of the trainer, from samples to gradients: ours with and without shared context, the
 loop of the official trainer, and TRL's GRPOTrainer where it is installed.
 
-    pytest bench/test_bench_trainer.py --grid -k "256+5tailsx32000"
+    pytest bench/test_bench_trainer.py --grid -k 256x5x32000
 """
 
 from __future__ import annotations

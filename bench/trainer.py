@@ -84,9 +84,18 @@ class Update:
         self.samples = []
         for length in case.tails:
             tail = torch.randint(case.vocab, (length,), generator=generator)
-            old = -10.0 + 0.1 * torch.randn(length, generator=generator)
             advantage = torch.randn((), generator=generator).item()
-            self.samples.append(Sample(torch.cat([context, tail]), case.context, old, advantage))
+            ids = torch.cat([context, tail])
+            self.samples.append(Sample(ids, case.context, torch.zeros(length), advantage))
+        batch = self.packed(share=True)
+        with torch.no_grad():
+            now = packed_log_probs(hidden_states(self.model, batch), *head(self.model), batch, 1.0)
+        sampled = now[batch.loss_mask].cpu()
+        sampled += 0.1 * torch.randn(len(sampled), generator=generator)
+        self.samples = [
+            replace(sample, old=old)
+            for sample, old in zip(self.samples, sampled.split(case.tails), strict=True)
+        ]
         self.expected: list[Tensor] = []
 
     def trained(self) -> list[Tensor]:
@@ -166,7 +175,7 @@ def official(update: Update, checkpointing: bool) -> Call:
 
 def trl(update: Update) -> Call:
     """TRL's GRPOTrainer from its scored samples on: log-probs of the reference, and its loss."""
-    from datasets import Dataset
+    from datasets import IterableDataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -183,17 +192,19 @@ def trl(update: Update) -> Call:
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
             tempfile.mkdtemp(),
+            max_steps=1,
             per_device_train_batch_size=count,
             num_generations=count,
             beta=eager.BETA,
             epsilon=eager.EPSILON,
+            use_bias_correction_kl=False,
             loss_type="bnpo",  # the mean over the trained tokens of the batch
             use_cpu=DEVICE.type == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             report_to=[],
         ),
-        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
+        train_dataset=IterableDataset.from_generator(lambda: iter([{"prompt": "a"}])),
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1

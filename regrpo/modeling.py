@@ -49,11 +49,11 @@ def _packed_attention(
     """Causal attention along the branches; query [1, heads, S, D] -> [1, S, heads, D]."""
     if s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention sinks; expected none")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     out = tree_attention(
-        q,
-        k,
-        v,
+        query,
+        key,
+        value,
         plan,
         scale=scaling,
         window=sliding_window,

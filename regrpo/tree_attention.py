@@ -79,9 +79,9 @@ class AttentionPlan:
     @cached_property
     def cpu_parts(self) -> list[Part]:
         """Nodes of similar length side by side; each node with descendants before them."""
-        inner = [DensePart(slice(n.stop, n.end), slice(n.start, n.stop)) for n in self._inner()]
-        parts: list[Part] = [*map(CausalPart, _buckets(self.nodes))]
-        return parts + inner
+        parts: list[Part] = [CausalPart(bucket) for bucket in _buckets(self.nodes)]
+        parts += [DensePart(slice(n.stop, n.end), slice(n.start, n.stop)) for n in self._inner()]
+        return parts
 
     @cached_property
     def cuda_parts(self) -> list[Part]:
@@ -163,7 +163,7 @@ class CausalPart:
         return dq, dk, dv
 
 
-@dataclass(frozen=True)
+@dataclass
 class DensePart:
     """The descendants of a node against its keys, on a CPU."""
 
