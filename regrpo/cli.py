@@ -67,6 +67,12 @@ def _run(config: settings.RunConfig) -> None:
         raise SystemExit("the agent came to no answer")
 
 
+def _report(config: settings.ReportConfig) -> None:
+    from regrpo.run_page import write_page
+
+    print(f"page: {write_page(config.runs, config.out)}")
+
+
 def _demo(config: settings.DemoConfig) -> None:
     from regrpo.demo import run_demo
 
@@ -80,6 +86,7 @@ COMMANDS: tuple[Command, ...] = (
     ("train", settings.TrainConfig, _train, "on-policy ReGRPO (or GRPO with plain retries)"),
     ("eval", settings.EvalConfig, _eval, "evaluate on held-out tasks"),
     ("run", settings.RunConfig, _run, "let a trained agent answer a task about a folder"),
+    ("report", settings.ReportConfig, _report, "curves and trajectories of runs as one HTML page"),
     ("demo", settings.DemoConfig, _demo, "everything once: data, five agents, table, curves"),
 )
 DATA_COMMANDS: tuple[Command, ...] = (
@@ -94,7 +101,9 @@ def _subparsers(parser: ArgumentParser, dest: str, commands: tuple[Command, ...]
         sub.add_argument(
             "--config", action=ActionConfigFile, help="YAML file with any of the options below"
         )
-        sub.add_class_arguments(config)
+        if config is settings.ReportConfig:
+            sub.add_argument("runs", nargs="+", help="folders of runs (required)")
+        sub.add_class_arguments(config, skip={"runs"})
         subcommands.add_subcommand(name, sub, help=summary)
     return subcommands
 

@@ -22,14 +22,20 @@ from rich.progress import Progress
 from regrpo.config import TrainConfig
 from regrpo.data_engine.build import demonstrate, local_starts
 from regrpo.environment import Environment
+from regrpo.errors import RunError
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import CausalLM, head, hidden_states, load_model, load_tokenizer
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate
+from regrpo.progress import live_line
 from regrpo.rollout import Trajectory, run
 from regrpo.sampling import LocalPolicy
+from regrpo.segments import TokenizedTrajectory
 from regrpo.trainer import Run, mean
 from regrpo.trajectory import Start
+from regrpo.trajectory_log import TrajectoryLog
 from regrpo_kernels import Objective, ReflectionAdvantages, reflection_advantages
+
+WATCHED = ("reward/mean", "success", "recovery", "reflection/rate")
 
 
 def sample_starts(config: TrainConfig, environment: Environment, step: int) -> list[Start]:
@@ -77,6 +83,7 @@ def rollout_metrics(
         "success": mean(t.success for t in trajectories),
         "success/first_try": mean(t.success and not t.turns[-1].correction for t in free),
         "recovery": mean(t.success for t in corrected),
+        "reflection/rate": mean(any(u.reflection_tokens for u in t.turns) for t in trajectories),
         "reflection/tokens": mean(t.reflection_tokens for t in corrected),
         "reflection/unneeded": mean(
             any(turn.reflection_tokens and not turn.correction for turn in t.turns) for t in free
@@ -158,35 +165,46 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
             if progress
             else None
         )
+        log = TrajectoryLog(training, config.log_trajectories_every, config.log_groups)
         while training.step < config.steps:
             began = time.perf_counter()
             policy.generator.manual_seed(1_000_003 * config.seed + training.step)
             starts = sample_starts(config, environment, training.step)
             groups = [start for start in starts for _ in range(config.group_size)]
             trajectories = run(policy, environment, groups, reflect=config.reflect, whole=False)
-            metrics = update(training, learner, trajectories)
+            metrics = update(training, learner, trajectories, log)
             metrics["time/step_s"] = time.perf_counter() - began
+            tokens = sum(len(t.tokens) for t in trajectories)
+            metrics["time/tokens_per_s"] = tokens / metrics["time/step_s"]
             training.log(metrics)
             training.finish_step(config.save_every)
             if progress and bar is not None:
-                text = f"train success {metrics['success']:.2f} recovery {metrics['recovery']:.2f}"
-                progress.update(bar, advance=1, description=text)
+                line = live_line("train", metrics, WATCHED)
+                progress.update(bar, advance=1, description=line)
         training.save_model()
         return str(training.model_path)
 
 
-def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def update(
+    training: Run,
+    learner: Learner,
+    trajectories: Sequence[Trajectory],
+    log: TrajectoryLog | None = None,
+) -> dict[str, float]:
     """One update from the trajectories of whole groups."""
     config = learner.config
     tokens = [t.tokens for t in trajectories]
     full = collate(tokens, with_old_log_probs=True)
     result = advantages_of(trajectories, full, config)
     metrics = rollout_metrics(trajectories, result, config.group_size)
+    if log:
+        log.write(trajectories, result, [i // config.group_size for i in range(len(tokens))])
     starts = full.cu_seqlens.tolist()
     used = list(range(len(tokens)))
     live = groups_with_variance(result, config.group_size)
     if config.skip_zero_variance and live.any():
         used = live.repeat_interleave(config.group_size).nonzero().squeeze(1).tolist()
+    used, metrics["skipped/too_long"] = within(used, tokens, config.batch_tokens)
     packs = []
     for pack in best_fit_decreasing([len(tokens[i]) for i in used], config.batch_tokens):
         indices = [used[i] for i in pack]
@@ -211,3 +229,20 @@ def update(training: Run, learner: Learner, trajectories: Sequence[Trajectory]) 
             metrics[name] = weighted / sum(trained)
     metrics["lr"] = training.lr
     return metrics
+
+
+def within(
+    indices: Sequence[int], tokens: Sequence[TokenizedTrajectory], batch_tokens: int
+) -> tuple[list[int], int]:
+    """Those of the trajectories that a pass has room for, and how many of them are too long.
+
+    Raises:
+        RunError: all of them.
+    """
+    kept = [i for i in indices if len(tokens[i]) <= batch_tokens]
+    if not kept:
+        raise RunError(
+            f"batch_tokens is {batch_tokens}, and the shortest trajectory of an update has "
+            f"{min(len(tokens[i]) for i in indices)} tokens; raise batch_tokens"
+        )
+    return kept, len(indices) - len(kept)
