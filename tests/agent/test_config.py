@@ -55,6 +55,10 @@ CASES = [
     (train, {"max_new_tokens": 0}, "max_new_tokens: got 0"),
     (train, {"beta": -0.1}, "beta: got -0.1"),
     (train, {"save_every": 0}, "save_every: got 0"),
+    (train, {"log_to": ("tensorboard",)}, "log_to: got ['tensorboard']; expected some of wandb"),
+    (sft, {"keep_checkpoints": 0}, "keep_checkpoints: got 0; expected 1 or more"),
+    (train, {"log_trajectories_every": -1}, "log_trajectories_every: got -1"),
+    (train, {"log_groups": 0}, "log_groups: got 0"),
     (EvalConfig, {"model": "m", "count": 0}, "count: got 0"),
     (EvalConfig, {"model": "m", "temperature": -1.0}, "temperature: got -1.0"),
 ]
