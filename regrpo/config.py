@@ -420,7 +420,7 @@ class ReportConfig:
 
     Args:
         runs: folders of runs of sft, train or pretrain.
-        out: the page; None writes report.html into the folder that holds all of the runs' files.
+        out: the page; None writes report.html into the folder that holds them all.
     """
 
     runs: list[str]

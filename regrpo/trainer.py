@@ -226,9 +226,10 @@ class Run:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except (OSError, RuntimeError) as error:
             shutil.rmtree(partial)  # half a checkpoint on a full disk
-            raise
+            # torch.save may fail once more while it closes a file that cannot be written.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         os.replace(partial, final)
         for old in self._checkpoints()[: -self.keep_checkpoints]:
             shutil.rmtree(old)

@@ -1,7 +1,9 @@
 """What cannot be written, or trained on, ends a run in one line and leaves its last checkpoint."""
 
+import contextlib
 import os
 import re
+import resource
 
 import pytest
 import torch
@@ -31,20 +33,29 @@ def goes_on(base, out, whole):
     assert same(state_of(out), state_of(whole))
 
 
-@pytest.mark.skipif(not os.path.exists(FULL), reason="no /dev/full")
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A disk that is full in the middle of a file, as the kernel has it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 100_000])
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_disk_that_is_full_at_a_checkpoint(base, tmp_path, monkeypatch, whole, step):
+def test_a_disk_that_is_full_at_a_checkpoint(base, tmp_path, monkeypatch, whole, step, size):
     out, save = tmp_path / "out", torch.save
 
     def save_on_a_full_disk(state, file):
-        if state["step"] < step:
-            return save(state, file)
-        with open(FULL, "wb") as full:
-            save(state, full)
+        with files_of_at_most(size) if state["step"] == step else contextlib.nullcontext():
+            save(state, file)
 
     monkeypatch.setattr(trainer.torch, "save", save_on_a_full_disk)
     stands = "there is no checkpoint yet" if step == 2 else "step-0000002 is intact"
-    message = f"step {step}: cannot write a checkpoint in {out}: No space left on device; {stands}"
+    message = f"step {step}: cannot write a checkpoint in {out}: File too large; {stands}"
     with pytest.raises(RunError, match=re.escape(message)):
         run_sft(sft_config(base, out))
     monkeypatch.undo()
