@@ -189,6 +189,22 @@ void run_reflection_advantages(int64_t sequences, int64_t tokens, uintptr_t succ
   check(cpu::reflection_advantages(args), "reflection_advantages");
 }
 
+int64_t run_best_fit_decreasing(int64_t sequences, uintptr_t lengths, int64_t budget, uintptr_t order,
+                                uintptr_t cu_packs) {
+  BestFitArgs args{};
+  args.sequences = sequences;
+  args.lengths = ptr<const int64_t>(lengths);
+  args.budget = budget;
+  args.order = ptr<int64_t>(order);
+  args.cu_packs = ptr<int64_t>(cu_packs);
+  if (cpu::best_fit_decreasing(args) == kTooLong) {
+    throw py::value_error("sequence " + std::to_string(args.bad_sequence) + " has " +
+                          std::to_string(args.lengths[args.bad_sequence]) +
+                          " tokens; expected at most the budget of " + std::to_string(budget));
+  }
+  return args.packs;
+}
+
 py::dict build_info() {
   static const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
   std::vector<std::string> compiled = {"portable"}, usable;
@@ -242,4 +258,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("group_size"), py::arg("baseline"), py::arg("scale"), py::arg("ddof"), py::arg("eps"),
         py::arg("min_std"), py::arg("clip"), py::arg("reflection_tokens"), py::arg("rewards"),
         py::arg("advantages"), py::arg("token_advantages"), py::arg("loss_mask"), py::arg("stream"));
+  m.def("best_fit_decreasing", &run_best_fit_decreasing, nogil(), py::kw_only(), py::arg("sequences"),
+        py::arg("lengths"), py::arg("budget"), py::arg("order"), py::arg("cu_packs"));
 }

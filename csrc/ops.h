@@ -10,7 +10,7 @@ namespace regrpo {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Status codes: 0 is success, a positive number is a cudaError_t, these are ours.
-enum Status : int { kOk = 0, kBadLabel = -1, kBadDtype = -2, kNoSuchIsa = -3 };
+enum Status : int { kOk = 0, kBadLabel = -1, kBadDtype = -2, kNoSuchIsa = -3, kTooLong = -4 };
 
 // Instruction sets of the CPU kernels, in order of preference. kIsaAuto takes the last one this machine runs.
 enum Isa : int { kIsaAuto = -1, kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kIsaCount = 4 };
@@ -130,6 +130,17 @@ struct ReflectionAdvantagesArgs {
   bool* loss_mask;          // [tokens]
 };
 
+// ---- best_fit_decreasing ----------------------------------------------------------------------------------
+struct BestFitArgs {
+  int64_t sequences;
+  const int64_t* lengths;  // [sequences], 0 or more
+  int64_t budget;          // tokens of a pack, at most
+  int64_t* order;          // [sequences], pack by pack
+  int64_t* cu_packs;       // [sequences + 1], where packs start in order; the first packs + 1 are written
+  int64_t packs;           // out
+  int64_t bad_sequence;    // out: the longest sequence, where it is longer than the budget
+};
+
 // ---- launchers -------------------------------------------------------------------------------------------
 namespace cpu {
 int best_isa();
@@ -140,6 +151,7 @@ int grpo_loss(GrpoLossArgs& args, int num_threads, int isa);
 int sequence_objective(const SequenceObjectiveArgs& args);
 int group_advantages(const GroupAdvantagesArgs& args);
 int reflection_advantages(const ReflectionAdvantagesArgs& args);
+int best_fit_decreasing(BestFitArgs& args);
 }  // namespace cpu
 
 #ifdef REGRPO_CUDA_ARCHITECTURES

@@ -40,7 +40,7 @@ def _data_table(config: settings.TableConfig) -> None:
     Console().print(table)
 
 
-def _report(report: Any) -> None:
+def _show(report: Any) -> None:
     print("\n".join(report.lines))
     if report.problem is not None:
         raise RunError(report.problem)
@@ -49,31 +49,31 @@ def _report(report: Any) -> None:
 def _data_import(config: settings.DataImportConfig) -> None:
     from regrpo.data_engine.exchange import import_corpora
 
-    _report(import_corpora(config))
+    _show(import_corpora(config))
 
 
 def _data_export(config: settings.DataExportConfig) -> None:
     from regrpo.data_engine.exchange import export_corpus
 
-    _report(export_corpus(config))
+    _show(export_corpus(config))
 
 
 def _data_mine(config: settings.DataMineConfig) -> None:
     from regrpo.data_engine.mining import mine_corpora
 
-    _report(mine_corpora(config))
+    _show(mine_corpora(config))
 
 
 def _data_verify(config: settings.DataVerifyConfig) -> None:
     from regrpo.data_engine.verify import verify_files
 
-    _report(verify_files(config))
+    _show(verify_files(config))
 
 
 def _data_stats(config: settings.DataStatsConfig) -> None:
     from regrpo.data_engine.stats import corpus_stats
 
-    _report(corpus_stats(config))
+    _show(corpus_stats(config))
 
 
 def _pretrain(config: settings.PretrainConfig) -> None:
@@ -129,6 +129,12 @@ def _run(config: settings.RunConfig) -> None:
         raise SystemExit(f"the agent came to no answer: {trajectory.end.value}")
 
 
+def _report(config: settings.ReportConfig) -> None:
+    from regrpo.run_page import write_page
+
+    print(f"page: {write_page(config.runs, config.out)}")
+
+
 def _demo(config: settings.DemoConfig) -> None:
     from regrpo.demo import run_demo
 
@@ -153,6 +159,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     ("eval", settings.EvalConfig, _eval, "evaluate on held-out tasks"),
     ("run", settings.RunConfig, _run, "let a trained agent answer a task about a folder"),
+    ("report", settings.ReportConfig, _report, "curves and trajectories of runs as one HTML page"),
     ("demo", settings.DemoConfig, _demo, "everything once: data, five agents, table, curves"),
     (
         "experiment",
@@ -170,10 +177,11 @@ DATA_COMMANDS: tuple[Command, ...] = (
     ("verify", settings.DataVerifyConfig, _data_verify, "check records, one line a problem"),
     ("stats", settings.DataStatsConfig, _data_stats, "count what records hold"),
 )
-# Options that take several files: jsonargparse itself reads a list as one JSON argument only.
-FILE_LISTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "source": ("--source", {"required": True}),
-    "files": ("files", {}),
+# Options that take several paths: jsonargparse itself reads a list as one JSON argument only.
+SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "source": ("--source", {"required": True, "help": ".json or .jsonl files"}),
+    "files": ("files", {"help": ".json or .jsonl files"}),
+    "runs": ("runs", {"help": "folders of runs (required)"}),
 }
 
 
@@ -184,10 +192,10 @@ def _subparsers(parser: ArgumentParser, dest: str, commands: tuple[Command, ...]
         sub.add_argument(
             "--config", action=ActionConfigFile, help="YAML file with any of the options below"
         )
-        several = {f.name for f in fields(config)} & set(FILE_LISTS)
+        several = {f.name for f in fields(config)} & set(SEVERAL)
         for option in several:
-            flag, more = FILE_LISTS[option]
-            sub.add_argument(flag, nargs="+", type=str, help=".json or .jsonl files", **more)
+            flag, more = SEVERAL[option]
+            sub.add_argument(flag, nargs="+", type=str, **more)
         sub.add_class_arguments(config, skip=several)
         subcommands.add_subcommand(name, sub, help=summary)
     return subcommands

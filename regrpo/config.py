@@ -302,6 +302,15 @@ class OptimConfig:
         _require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "a positive number")
 
 
+TRACKERS = ("wandb", "trackio")
+
+
+def _check_logging(log_to: tuple[str, ...], keep_checkpoints: int) -> None:
+    unknown = [name for name in log_to if name not in TRACKERS]
+    _require(not unknown, "log_to", unknown, f"some of {', '.join(TRACKERS)}")
+    _require(keep_checkpoints > 0, "keep_checkpoints", keep_checkpoints, "1 or more")
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """The small base model, pretrained on in-context copying.
@@ -315,6 +324,8 @@ class PretrainConfig:
         steps: optimizer steps.
         optim: the optimizer.
         save_every: steps between checkpoints.
+        keep_checkpoints: the newest checkpoints, so many, are kept.
+        log_to: "wandb", "trackio" or both, beside metrics.jsonl and TensorBoard.
         seed: weights and data.
     """
 
@@ -326,11 +337,14 @@ class PretrainConfig:
     steps: int = 400
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
+    keep_checkpoints: int = 2
+    log_to: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "steps", self.steps, "1 or more")
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+        _check_logging(self.log_to, self.keep_checkpoints)
         # Rotary positions turn pairs of channels.
         heads = self.num_heads
         _require(heads > 0, "num_heads", heads, "1 or more")
@@ -405,6 +419,8 @@ class SFTConfig:
         optim: the optimizer.
         lora: adapter settings.
         save_every: steps between checkpoints.
+        keep_checkpoints: the newest checkpoints, so many, are kept.
+        log_to: "wandb", "trackio" or both, beside metrics.jsonl and TensorBoard.
         seed: order of the data.
     """
 
@@ -417,12 +433,15 @@ class SFTConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     save_every: int = 100
+    keep_checkpoints: int = 2
+    log_to: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.data) > 0, "data", self.data, "at least one data file")
         _require(self.steps > 0, "steps", self.steps, "1 or more")
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
+        _check_logging(self.log_to, self.keep_checkpoints)
         _require(
             self.max_length <= self.batch_tokens,
             "max_length",
@@ -659,6 +678,11 @@ class TrainConfig:
         optim: the optimizer.
         lora: adapter settings.
         save_every: updates between checkpoints.
+        keep_checkpoints: the newest checkpoints, so many, are kept.
+        log_to: "wandb", "trackio" or both, beside metrics.jsonl and TensorBoard.
+        log_trajectories_every: updates from one to the next of which trajectories are stored for
+            `regrpo report`; 0 stores none.
+        log_groups: groups that are stored of such an update.
         seed: sampling, tasks and order.
     """
 
@@ -692,6 +716,10 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     lora: LoraSettings = field(default_factory=LoraSettings)
     save_every: int = 25
+    keep_checkpoints: int = 2
+    log_to: tuple[str, ...] = ()
+    log_trajectories_every: int = 10
+    log_groups: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -725,6 +753,10 @@ class TrainConfig:
         _require(self.save_every > 0, "save_every", self.save_every, "1 or more")
         self.trigger.require_reflect(self.reflect)
         self._require_fitting_mode()
+        _check_logging(self.log_to, self.keep_checkpoints)
+        every = self.log_trajectories_every
+        _require(every >= 0, "log_trajectories_every", every, "0 or more")
+        _require(self.log_groups > 0, "log_groups", self.log_groups, "1 or more")
 
     def _require_fitting_mode(self) -> None:
         modes = ("local", "episodes", "offline")
@@ -894,3 +926,16 @@ class ExperimentConfig(DemoConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.seeds > 1, "seeds", self.seeds, "2 or more: intervals are over seeds")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One HTML page about one run or several.
+
+    Args:
+        runs: folders of runs of sft, train or pretrain.
+        out: the page; None writes report.html into the folder that holds them all.
+    """
+
+    runs: list[str]
+    out: str | None = None

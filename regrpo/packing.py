@@ -6,7 +6,7 @@ old_log_probs, ref_log_probs``) is aligned with the position that makes it. The 
 sequence predicts nothing, so sequences in a pack never predict each other.
 """
 
-import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from regrpo.prefix_tree import PrefixTree, prefix_order, prefix_tree
 from regrpo.segments import TokenizedTrajectory
-from regrpo_kernels import Segment
+from regrpo_kernels import Segment, packing
 
 IGNORE_INDEX = -100
 TRAINED = (int(Segment.ACTION), int(Segment.REFLECTION))
@@ -66,23 +66,9 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Raises:
         ValueError: a sequence longer than the budget, named by its index.
     """
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > budget:
-            raise ValueError(
-                f"sequence {index} has {length} tokens; expected at most the budget of {budget}"
-            )
-        slot = bisect.bisect_left(room, (length, -1))
-        if slot == len(room):
-            packs.append([index])
-            bisect.insort(room, (budget - length, len(packs) - 1))
-        else:
-            free, pack = room.pop(slot)
-            packs[pack].append(index)
-            bisect.insort(room, (free - length, pack))
-    return packs
+    packs = packing.best_fit_decreasing(lengths, budget)
+    order = packs.order.tolist()
+    return [order[start:stop] for start, stop in itertools.pairwise(packs.cu_packs.tolist())]
 
 
 def pack_groups(

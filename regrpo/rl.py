@@ -28,6 +28,7 @@ from regrpo.advantages import advantages_of, choose, group_ids
 from regrpo.collect import collect
 from regrpo.config import TrainConfig
 from regrpo.environment import Environment
+from regrpo.errors import RunError
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import (
     CausalLM,
@@ -41,11 +42,16 @@ from regrpo.options.clip_bounds import adaptive_bounds
 from regrpo.options.demonstrations import demonstration_tokens, hard_states
 from regrpo.options.refinements import shaped_slope
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate, pack_groups
+from regrpo.progress import live_line
 from regrpo.rollout import Trajectory
 from regrpo.sampling import LocalPolicy
+from regrpo.segments import TokenizedTrajectory
 from regrpo.sft import NLL
 from regrpo.trainer import Run, mean
+from regrpo.trajectory_log import TrajectoryLog
 from regrpo_kernels import Objective, ReflectionAdvantages
+
+WATCHED = ("reward/mean", "success", "recovery", "reflection/rate")
 
 
 def rollout_metrics(
@@ -68,6 +74,7 @@ def rollout_metrics(
             t.success and not any(turn.correction for turn in t.turns) for t in free
         ),
         "recovery": mean(t.success for t in corrected),
+        "reflection/rate": mean(any(u.reflection_tokens for u in t.turns) for t in sampled),
         "reflection/tokens": mean(t.reflection_tokens for t in corrected),
         "reflection/unneeded": mean(
             any(turn.reflection_tokens and not turn.correction for turn in t.turns) for t in free
@@ -223,17 +230,20 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
             if progress
             else None
         )
+        log = TrajectoryLog(training, config.log_trajectories_every, config.log_groups)
         while training.step < config.steps:
             began = time.perf_counter()
             policy.generator.manual_seed(1_000_003 * config.seed + training.step)
             trajectories, groups, collected = collect(training, policy, environment, config)
-            metrics = update(training, learner, trajectories, groups) | collected
+            metrics = update(training, learner, trajectories, groups, log) | collected
             metrics["time/step_s"] = time.perf_counter() - began
+            tokens = sum(len(t.tokens) for t in trajectories)
+            metrics["time/tokens_per_s"] = tokens / metrics["time/step_s"]
             training.log(metrics)
             training.finish_step(config.save_every)
             if progress and bar is not None:
-                text = f"train success {metrics['success']:.2f} recovery {metrics['recovery']:.2f}"
-                progress.update(bar, advance=1, description=text)
+                line = live_line("train", metrics, WATCHED)
+                progress.update(bar, advance=1, description=line)
         training.save_model()
         return str(training.model_path)
 
@@ -243,6 +253,7 @@ def update(
     learner: Learner,
     trajectories: Sequence[Trajectory],
     groups: Sequence[int] | None = None,
+    log: TrajectoryLog | None = None,
 ) -> dict[str, float]:
     """One update from the trajectories of whole groups; returns its metrics.
 
@@ -255,11 +266,16 @@ def update(
     sampled = config.mode != "offline"
     full = collate([t.tokens for t in trajectories], with_old_log_probs=sampled)
     result, reward_metrics = advantages_of(trajectories, full, config, groups)
+    if log:
+        log.write(trajectories, result, groups)
     choice = choose(result, full, groups, config)
     metrics = rollout_metrics(trajectories, result, groups) | reward_metrics | choice.metrics
+    used, metrics["skipped/too_long"] = within(
+        choice.used, [t.tokens for t in trajectories], config.batch_tokens
+    )
 
     def packs_from(*origins: str) -> list[PackedBatch]:
-        indices = [i for i in choice.used if trajectories[i].origin in origins]
+        indices = [i for i in used if trajectories[i].origin in origins]
         packs = pack_chosen(indices, groups, trajectories, full, result, config.batch_tokens)
         return [batch.to(training.device) for batch in packs]
 
@@ -338,3 +354,20 @@ def mean_metrics(
             weighted = sum(v * n for v, n in zip(values, trained, strict=True))
             metrics[name] = weighted / sum(trained)
     return metrics
+
+
+def within(
+    indices: Sequence[int], tokens: Sequence[TokenizedTrajectory], batch_tokens: int
+) -> tuple[list[int], int]:
+    """Those of the trajectories that a pass has room for, and how many of them are too long.
+
+    Raises:
+        RunError: all of them.
+    """
+    kept = [i for i in indices if len(tokens[i]) <= batch_tokens]
+    if not kept:
+        raise RunError(
+            f"batch_tokens is {batch_tokens}, and the shortest trajectory of an update has "
+            f"{min(len(tokens[i]) for i in indices)} tokens; raise batch_tokens"
+        )
+    return kept, len(indices) - len(kept)

@@ -5,6 +5,7 @@ its context, end-of-turn tokens are trained, sequences are packed and never see 
 """
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from regrpo.data_engine.recorded import failed_turns
 from regrpo.losses import policy_loss
 from regrpo.modeling import head, hidden_states, load_model, load_tokenizer, logit_softcap
 from regrpo.packing import collate
+from regrpo.progress import live_line
 from regrpo.provenance import provenance
 from regrpo.records import Record, read_records
 from regrpo.segments import TokenizedTrajectory, tokenize_conversation
@@ -137,23 +139,25 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
         for _ in range(run.step):  # resumed: the data position is a function of the step
             next(order)
         while run.step < config.steps:
+            began = time.perf_counter()
             batch = collate([trajectories[i] for i in next(order)]).to(run.device)
             trained = batch.loss_mask.sum()
             hidden = hidden_states(model, batch)
             loss = policy_loss(hidden, *head(model), batch, objective, trained).loss
             loss.backward()
             norm = run.update()
-            run.log(
-                {
-                    "loss": loss.item(),
-                    "grad_norm": norm,
-                    "lr": run.lr,
-                    "tokens": len(batch.labels),
-                    "trained_tokens": trained.item(),
-                }
-            )
+            metrics = {
+                "loss": loss.item(),
+                "grad_norm": norm,
+                "lr": run.lr,
+                "tokens": len(batch.labels),
+                "trained_tokens": trained.item(),
+                "time/tokens_per_s": len(batch.labels) / (time.perf_counter() - began),
+            }
+            run.log(metrics)
             run.finish_step(config.save_every)
             if progress and task is not None:
-                progress.update(task, advance=1, description=f"sft loss {loss.item():.3f}")
+                line = live_line("sft", metrics, ("loss", "grad_norm"))
+                progress.update(task, advance=1, description=line)
         run.save_model()
         return str(run.model_path)

@@ -1,15 +1,17 @@
 """What SFT and RL share: optimizer, schedule, metrics, checkpoints, exact resume."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
@@ -18,8 +20,12 @@ from regrpo.config import OptimConfig
 from regrpo.errors import RunError
 from regrpo.modeling import CausalLM
 from regrpo.records import write_atomically
+from regrpo.trackers import Trackers, require_trackers
 
-KEEP_CHECKPOINTS = 2
+METRICS = "metrics.jsonl"
+LOGS = (METRICS, "trajectories.jsonl")
+# Where a run is and what it tells: may change from one start to the next, and it is the same run.
+UNCLAIMED = ("out", "keep_checkpoints", "log_to", "log_trajectories_every", "log_groups")
 
 
 def build_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
@@ -57,6 +63,7 @@ class Run:
         steps: int,
         data_files: Sequence[str] = (),
     ):
+        require_trackers(config.log_to)
         self.out = Path(out)
         self.model = model
         self.tokenizer = tokenizer
@@ -66,23 +73,29 @@ class Run:
         self.step = 0
         # What else belongs to a checkpoint: numbers, texts, tensors, in lists and dicts.
         self.extra: dict[str, Any] = {}
-        # Not where it is: a folder may be moved, or named from elsewhere.
-        claimed = {key: value for key, value in asdict(config).items() if key != "out"}
+        self.keep_checkpoints: int = config.keep_checkpoints
+        claimed = {key: value for key, value in asdict(config).items() if key not in UNCLAIMED}
         if data_files:
             claimed["sha256"] = {path: _sha256(path) for path in data_files}
         claim(self.out, claimed)
         self._resume()
-        self._metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(self.out / "tensorboard"), purge_step=self.step, flush_secs=10
-        )
+        self._logs: dict[str, TextIO] = {}
+        with self._writing("tensorboard"):
+            self._tensorboard = SummaryWriter(
+                str(self.out / "tensorboard"), purge_step=self.step, flush_secs=10
+            )
+        self._trackers = Trackers(config.log_to, self.out, claimed)
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._metrics.close()
-        self._tensorboard.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # What could not be written is tried again on closing, and is known already.
+        with contextlib.suppress(OSError) if kind else self._writing("the logs"):
+            for log in self._logs.values():
+                log.close()
+            self._tensorboard.close()
+        self._trackers.finish()
 
     @property
     def model_path(self) -> Path:
@@ -100,7 +113,8 @@ class Run:
     def _resume(self) -> None:
         found = self._checkpoints()
         if not found:
-            (self.out / "metrics.jsonl").unlink(missing_ok=True)
+            for name in LOGS:
+                (self.out / name).unlink(missing_ok=True)
             return
         # Generator states stay on the CPU; what belongs to the model is copied to its device.
         state = torch.load(found[-1] / "state.pt", weights_only=True, map_location="cpu")
@@ -114,11 +128,11 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
         self.extra = state.get("extra", {})  # older checkpoints have none
-        # Steps behind the checkpoint are done again; their metrics come again with them.
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) < self.step]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        # Steps behind the checkpoint are done again; what they log comes again with them.
+        for path in (self.out / name for name in LOGS if (self.out / name).exists()):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) < self.step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.out / "checkpoints").glob("step-*"))
@@ -144,20 +158,46 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A failure to write (a full disk, say) becomes one line that says where the run stands."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            found = self._checkpoints()
+            raise RunError(
+                f"step {self.step}: cannot write {what} in {self.out}: "
+                f"{getattr(error, 'strerror', None) or error}; "
+                + (f"{found[-1].name} is intact" if found else "there is no checkpoint yet")
+                + "; the same command goes on from there"
+            ) from error
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Appends one line to a log of the run, one of ``LOGS``; it holds its ``step``."""
+        with self._writing(name):
+            if name not in self._logs:
+                self._logs[name] = (self.out / name).open("a", encoding="utf-8")
+            self._logs[name].write(json.dumps(line) + "\n")
+            self._logs[name].flush()
+
     def log(self, metrics: dict[str, float]) -> None:
-        """Appends one line of metrics for the current step."""
-        self._metrics.write(json.dumps({"step": self.step, **metrics}) + "\n")
-        self._metrics.flush()
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, self.step)
+        """Logs the metrics of the current step."""
+        self.append(METRICS, {"step": self.step, **metrics})
+        with self._writing("tensorboard"):
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, self.step)
+        self._trackers.log(metrics, self.step)
 
     def finish_step(self, save_every: int) -> None:
         """Counts the step; saves a checkpoint every ``save_every`` steps and at the end."""
         self.step += 1
         if self.step % save_every == 0 or self.step == self.steps:
-            self._save_checkpoint()
+            with self._writing("a checkpoint"):
+                self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
+        for log in self._logs.values():  # a checkpoint never knows more steps than the logs
+            os.fsync(log.fileno())
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
         partial = final.with_name(f".{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,14 +212,23 @@ class Run:
         }
         if self.device.type == "cuda":  # dropout draws there
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        torch.save(state, partial / "state.pt")
+        try:
+            with (partial / "state.pt").open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(partial)  # half a checkpoint on a full disk
+            # torch.save may fail once more while it closes a file that cannot be written.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         os.replace(partial, final)
-        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
+        for old in self._checkpoints()[: -self.keep_checkpoints]:
             shutil.rmtree(old)
 
     def save_model(self) -> None:
         """Saves model (or adapter) and tokenizer; loads with plain ``from_pretrained``."""
-        save_pretrained(self.model, self.tokenizer, self.model_path)
+        with self._writing("the model"):
+            save_pretrained(self.model, self.tokenizer, self.model_path)
 
 
 def save_pretrained(model: CausalLM, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -34,6 +34,7 @@ def rl_config(base, out, **kwargs):
         "epochs": 2,
         "batch_tokens": 2000,
         "tasks": TaskConfig(seed=5),
+        "log_trajectories_every": 1,
     }
     return TrainConfig(**{**defaults, **kwargs})
 

@@ -164,5 +164,5 @@ def test_another_configuration_in_a_folder_that_holds_a_run_is_refused(chain, ca
 
 def test_the_parser_knows_every_command():
     text = build_parser().format_help()
-    for command in ("data", "pretrain", "sft", "train", "eval", "run", "demo"):
+    for command in ("data", "pretrain", "sft", "train", "eval", "run", "report", "demo"):
         assert command in text

@@ -143,6 +143,10 @@ CASES = [
         {"candidates": ("one_shot", "none")},
         "candidates: got ('one_shot', 'none'); expected different ones of one_shot, ",
     ),
+    (train, {"log_to": ("tensorboard",)}, "log_to: got ['tensorboard']; expected some of wandb"),
+    (sft, {"keep_checkpoints": 0}, "keep_checkpoints: got 0; expected 1 or more"),
+    (train, {"log_trajectories_every": -1}, "log_trajectories_every: got -1"),
+    (train, {"log_groups": 0}, "log_groups: got 0"),
     (EvalConfig, {"model": "m", "count": 0}, "count: got 0"),
     (EvalConfig, {"model": "m", "temperature": -1.0}, "temperature: got -1.0"),
 ]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def interrupt(monkeypatch):
     monkeypatch.undo()
 
 
+def trajectories_of(out):
+    path = out / "trajectories.jsonl"
+    return path.read_text() if path.exists() else None
+
+
 def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
     training, tmp_path, interrupt, monkeypatch
 ):
@@ -89,6 +95,7 @@ def test_interrupted_anywhere_and_resumed_is_the_uninterrupted_run(
             assert not (out / "model").exists()
         run(config(out))
         assert metrics_of(out) == expected, stops
+        assert trajectories_of(out) == trajectories_of(whole), stops
         assert same(state_of(out), state_of(whole)), stops
         for name in ("model.safetensors", "adapter_model.safetensors"):
             if (whole / "model" / name).exists():
@@ -103,7 +110,7 @@ def test_interrupted_while_a_checkpoint_is_written(base, tmp_path, monkeypatch):
 
     def torn(state, path):
         if state["step"] == 4:
-            path.write_bytes(b"torn")
+            path.write(b"torn")
             raise Interrupted
         save(state, path)
 
@@ -114,7 +121,7 @@ def test_interrupted_while_a_checkpoint_is_written(base, tmp_path, monkeypatch):
     run_sft(sft_config(base, out))
     assert metrics_of(out) == metrics_of(tmp_path / "whole")
     assert same(state_of(out), state_of(tmp_path / "whole"))
-    assert len(list((out / "checkpoints").glob("*"))) == trainer.KEEP_CHECKPOINTS
+    assert len(list((out / "checkpoints").glob("*"))) == 2
 
 
 CHILD = """
@@ -167,6 +174,65 @@ def test_killed_and_resumed_is_the_uninterrupted_run(base, tmp_path):
     assert same(state_of(out), state_of(tmp_path / "whole"))
 
 
+FORKS = """
+import json, os, signal, sys, time
+import torch
+from pathlib import Path
+torch.set_num_threads(1)
+from regrpo.config import LoraSettings, OptimConfig, SFTConfig, SourceConfig
+from regrpo.sft import run_sft
+fields, kills = json.loads(sys.argv[1])
+fields["data"] = [SourceConfig(**source) for source in fields["data"]]
+fields["optim"] = OptimConfig(**fields["optim"])
+fields["lora"] = LoraSettings(**{**fields["lora"], "targets": tuple(fields["lora"]["targets"])})
+config = SFTConfig(**fields)
+checkpoints = Path(config.out) / "checkpoints"
+for partials, delay in kills:
+    child = os.fork()  # this process has computed nothing, so it has no threads to lose
+    if child == 0:
+        run_sft(config)
+        os._exit(0)
+    seen, before = 0, False
+    while seen < partials:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
+        now = any(checkpoints.glob(".*.partial"))
+        seen, before = seen + (now and not before), now
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    print(*sorted(p.name for p in checkpoints.iterdir()), flush=True)
+"""
+
+
+def test_killed_while_checkpoints_are_written(base, tmp_path):
+    steps, out = 100, tmp_path / "out"  # more than the kills leave time for
+    config = sft_config(base, out, steps=steps, save_every=1, batch_tokens=400, max_length=400)
+    # The n-th checkpoint seen being written, and so many seconds into that.
+    rng = random.Random(0)
+    kills = [(1 + n % 2, max(0, rng.random() - 0.5) * 0.008) for n in range(6)]
+    arguments = [sys.executable, "-c", FORKS, json.dumps([asdict(config), kills])]
+    seen = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(seen) == len(kills)
+    assert any("partial" in names for names in seen), "no kill came while a checkpoint was written"
+    run_sft(config)
+    run_sft(replace(config, out=str(tmp_path / "whole")))
+    assert metrics_of(out) == metrics_of(tmp_path / "whole")
+    assert same(state_of(out), state_of(tmp_path / "whole"))
+
+
+def test_how_much_is_kept_and_told_may_change(base, tmp_path, interrupt, monkeypatch):
+    run_sft(sft_config(base, tmp_path / "whole"))
+    out = tmp_path / "out"
+    interrupt(4)
+    with pytest.raises(Interrupted):
+        run_sft(sft_config(base, out, keep_checkpoints=1))
+    monkeypatch.undo()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-0000004"]
+    run_sft(sft_config(base, out, keep_checkpoints=3))
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    assert metrics_of(out) == metrics_of(tmp_path / "whole")
+
+
 def test_another_configuration_in_the_same_folder_is_refused(base, tmp_path):
     run_sft(sft_config(base, tmp_path))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
@@ -197,18 +263,22 @@ def test_a_finished_run_is_not_run_again(base, tmp_path):
     assert same(before, (metrics_of(tmp_path), state_of(tmp_path)))
 
 
-def test_a_torn_last_line_of_the_metrics_is_written_again(base, tmp_path, interrupt, monkeypatch):
-    run_sft(sft_config(base, tmp_path / "whole"))
+def test_a_torn_last_line_of_a_log_is_written_again(
+    base, tmp_path, interrupt, monkeypatch, environment
+):
+    run_rl(rl_config(base, tmp_path / "whole", epochs=1), environment)
     out = tmp_path / "out"
     interrupt(5)
     with pytest.raises(Interrupted):
-        run_sft(sft_config(base, out))
+        run_rl(rl_config(base, out, epochs=1), environment)
     monkeypatch.undo()
-    text = (out / "metrics.jsonl").read_text()
-    assert text.count("\n") == 6
-    (out / "metrics.jsonl").write_text(text[:-20])
-    run_sft(sft_config(base, out))
+    for name, lines in (("metrics.jsonl", 6), ("trajectories.jsonl", 12)):
+        text = (out / name).read_text()
+        assert text.count("\n") == lines
+        (out / name).write_text(text[:-20])
+    run_rl(rl_config(base, out, epochs=1), environment)
     assert metrics_of(out) == metrics_of(tmp_path / "whole")
+    assert trajectories_of(out) == trajectories_of(tmp_path / "whole")
 
 
 def test_a_data_file_that_changed_is_refused_by_name(
