@@ -101,6 +101,8 @@ def _misread(failed: ToolCall, right: ToolCall, observation: str) -> list[ToolCa
     mentioned = observation.partition("\n")[2]  # the first line repeats the failed call
     changed = [i for i, (a, b) in enumerate(zip(failed.args, right.args, strict=True)) if a != b]
     value = right.args[changed[0]]
+    if type(value) is not type(failed.args[changed[0]]):
+        return []
     if isinstance(value, int):
         boxes = [
             tuple(map(int, re.findall(r"\d+", box))) for box in re.findall(r"\[.*?\]", mentioned)
