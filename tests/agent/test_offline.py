@@ -115,7 +115,7 @@ def test_an_update_without_a_near_miss_says_so(base, environment, tokenizer, tmp
     config = offline_config(base, tmp_path, states=1, tasks=tasks)
     chat = ChatFormat(tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regrpo.data_engine.build.near_misses", lambda step, rng: {})
+        patch.setattr("regrpo.data_engine.build.near_misses", lambda step, rng, **kwargs: {})
         with pytest.raises(RunError, match="step 3: none of its 1 tasks has a near-miss"):
             offline_trajectories(config, chat, environment, 3)
 
