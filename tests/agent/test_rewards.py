@@ -101,7 +101,8 @@ def test_the_teachers_reflections_score_high(demonstrations):
             seen, reflection = failure.observation.text, failure.reflection
             grounding.append(grounding_score(reflection.evidence, seen, known))
             right = demo.task.steps[failure.step].call
-            plan.append(plan_score(reflection.fix_plan, failure.call, right))
+            if len(failure.call.args) == len(right.args):  # else the plan names the tool only
+                plan.append(plan_score(reflection.fix_plan, failure.call, right))
     assert len(plan) > 50
     assert statistics.mean(plan) > 0.9
     assert statistics.mean(grounding) > 0.8
