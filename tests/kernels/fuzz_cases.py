@@ -287,11 +287,11 @@ def loss64(batch: Batch, rows: Rows64) -> Loss64:
     (token, c), low, high = (objective(s) for s in (0.0, -rows.slack, rows.slack))
     k = o["entropy_coef"] * weights
     size = weights * 0.0
-    if o["policy"] == "sapo" and old is not None:  # 1 - sigmoid cancels
+    if o["policy"] == "sapo" and old is not None:  # the slope's exponential underflows
         d = (rows.log_probs.detach() - old).clamp(-20, 20)
         if sequences is not None:
             d = torch.stack([d[sequences == i].mean() for i in sequences]) if len(d) else d
-        size = weights * advantages.abs() * d.exp()
+        size = 1e-31 * weights * advantages.abs() * d.exp()
     if ref is not None:
         x = (ref - rows.log_probs.detach()).clamp(-20, 20)
         size = size + weights * o["beta"] * (x.abs() + x.expm1().abs())

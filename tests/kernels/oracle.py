@@ -42,7 +42,9 @@ def token_loss64(log_probs, advantages, old=None, ref=None, sequences=None, **o)
         loss = -clipped.detach() * a * log_probs
     elif policy == "sapo":
         tau = torch.where(a > 0, o.get("sapo_tau_pos", 1.0), o.get("sapo_tau_neg", 1.05))
-        loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * a
+        x = tau * (ratio - 1)
+        # sigmoid(x), whose slope s (1 - s) would be 0 from x = 37 on
+        loss = -4 / tau * torch.where(x > 0, 1 - torch.sigmoid(-x), torch.sigmoid(x)) * a
     elif policy == "reinforce":
         loss = -a * log_probs
     else:
