@@ -221,14 +221,6 @@ class Rows64:
             1e-5 + 2 * self.noise + 4e-7 * largest * scaled
         )
 
-    def from_saved_lse(self) -> None:
-        """A backward that takes probabilities from a lse stored in fp32: where one step of it is
-        large, `exp(z - lse)` may overflow.
-        """
-        self.slack = self.slack + self.lse_slack + 4e-7 * self.lse.detach().abs()
-        self.clear &= self.slack < 1e-2
-        self.sound &= self.slack < 1.0
-
     def gradient(self, c: Tensor, k: Tensor, c_slack: Tensor, dtype: torch.dtype) -> tuple:
         """Of `sum c log_prob - k entropy`, and what ours may differ by."""
         total = (c * self.log_probs).nan_to_num().sum() - (k * self.entropy).nan_to_num().sum()

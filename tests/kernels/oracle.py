@@ -74,6 +74,20 @@ def grpo_loss64(logits, labels, weights, advantages=None, old=None, ref=None, se
     return loss.detach(), torch.zeros_like(x) if x.grad is None else x.grad
 
 
+# Offsets of a row at which half a step of its lse in fp32 is 5e-4, and more.
+FAR = [2.0**13, -(2.0**13), 2.0**100]
+
+
+def far_logits(shape, offset, dtype):
+    """`(logits, temperature)`: exact in `dtype`, within 20 steps of the offset; the temperature is
+    one at which many tokens share the probability.
+    """
+    step = max(abs(offset) * torch.finfo(dtype).eps, 0.25)
+    logits = offset + step * torch.randint(-20, 21, shape).double()
+    assert torch.equal(logits.to(dtype).double(), logits)
+    return logits.to(dtype), 2.5 * step
+
+
 def assert_gradient(ours, exact, dtype, atol=0.0):
     """Relative to each element's rounding, plus a floor: `atol`, and 1e-6 of the largest."""
     assert ours.dtype == dtype
