@@ -40,8 +40,8 @@ int isa_code(const std::string& isa) {
 }
 
 void run_token_log_probs(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels, double temperature,
-                         double softcap, uintptr_t log_probs, uintptr_t lse, uintptr_t entropy,
-                         std::optional<uintptr_t> stream, int num_threads, const std::string& isa) {
+                         double softcap, uintptr_t log_probs, uintptr_t lse, uintptr_t entropy, uintptr_t reference,
+                         uintptr_t sum, std::optional<uintptr_t> stream, int num_threads, const std::string& isa) {
   TokenLogProbsArgs args{};
   args.dtype = dtype;
   args.logits = rows_of(logits);
@@ -53,6 +53,8 @@ void run_token_log_probs(int dtype, RowsTuple logits, int64_t rows, int64_t voca
   args.log_probs = ptr<float>(log_probs);
   args.lse = ptr<float>(lse);
   args.entropy = ptr<float>(entropy);
+  args.reference = ptr<float>(reference);
+  args.sum = ptr<float>(sum);
 #ifdef REGRPO_CUDA_ARCHITECTURES
   if (stream) return check(cuda::token_log_probs(args, ptr<void>(*stream)), "token_log_probs");
 #endif
@@ -62,8 +64,8 @@ void run_token_log_probs(int dtype, RowsTuple logits, int64_t rows, int64_t voca
 }
 
 void run_token_log_probs_backward(int dtype, RowsTuple logits, int64_t rows, int64_t vocab, uintptr_t labels,
-                                  double temperature, double softcap, uintptr_t lse, uintptr_t entropy,
-                                  uintptr_t dlog_probs, uintptr_t dentropy, RowsTuple dlogits,
+                                  double temperature, double softcap, uintptr_t reference, uintptr_t sum,
+                                  uintptr_t entropy, uintptr_t dlog_probs, uintptr_t dentropy, RowsTuple dlogits,
                                   std::optional<uintptr_t> stream, int num_threads, const std::string& isa) {
   TokenLogProbsArgs args{};
   args.dtype = dtype;
@@ -73,7 +75,8 @@ void run_token_log_probs_backward(int dtype, RowsTuple logits, int64_t rows, int
   args.labels = ptr<int64_t>(labels);
   args.temperature = temperature;
   args.softcap = softcap;
-  args.lse = ptr<float>(lse);
+  args.reference = ptr<float>(reference);
+  args.sum = ptr<float>(sum);
   args.entropy = ptr<float>(entropy);
   args.dlog_probs = ptr<float>(dlog_probs);
   args.dentropy = ptr<float>(dentropy);
@@ -235,12 +238,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using nogil = py::call_guard<py::gil_scoped_release>;
   m.def("token_log_probs", &run_token_log_probs, nogil(), py::kw_only(), py::arg("dtype"), py::arg("logits"),
         py::arg("rows"), py::arg("vocab"), py::arg("labels"), py::arg("temperature"), py::arg("softcap"),
-        py::arg("log_probs"), py::arg("lse"), py::arg("entropy"), py::arg("stream"), py::arg("num_threads") = 1,
-        py::arg("isa") = "auto");
+        py::arg("log_probs"), py::arg("lse"), py::arg("entropy"), py::arg("reference"), py::arg("sum"),
+        py::arg("stream"), py::arg("num_threads") = 1, py::arg("isa") = "auto");
   m.def("token_log_probs_backward", &run_token_log_probs_backward, nogil(), py::kw_only(), py::arg("dtype"),
         py::arg("logits"), py::arg("rows"), py::arg("vocab"), py::arg("labels"), py::arg("temperature"),
-        py::arg("softcap"), py::arg("lse"), py::arg("entropy"), py::arg("dlog_probs"), py::arg("dentropy"),
-        py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1, py::arg("isa") = "auto");
+        py::arg("softcap"), py::arg("reference"), py::arg("sum"), py::arg("entropy"), py::arg("dlog_probs"),
+        py::arg("dentropy"), py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1,
+        py::arg("isa") = "auto");
   m.def("grpo_loss", &run_grpo_loss, nogil(), py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("rows"),
         py::arg("vocab"), py::arg("labels"), py::arg("tokens"), py::arg("objective"), py::arg("temperature"),
         py::arg("softcap"), py::arg("stats"), py::arg("dlogits"), py::arg("stream"), py::arg("num_threads") = 1,

@@ -35,6 +35,9 @@ struct TokenLogProbsArgs {
   float* log_probs;  // [rows]
   float* lse;        // [rows]
   float* entropy;    // [rows] or null
+  // For the backward of the same implementation, because lse is rounded: half a step of it is relative in p.
+  float* reference;  // [rows] at or near the largest z
+  float* sum;        // [rows] of exp((z - reference) / temperature)
   // backward only
   Rows dlogits;
   const float* dlog_probs;  // [rows]

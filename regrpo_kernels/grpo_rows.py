@@ -2,7 +2,7 @@
 
 Token-level ratios take one sweep: a row's gradient is known as soon as its log-prob is.
 Sequence-level ratios need all log-probs of a sequence first, so they take two: log-probs, then each
-token's objective with its sequence's ratio, then the gradient from the saved `lse`.
+token's objective with its sequence's ratio, then the gradient from the sums of the log-probs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ STATS = ("loss", "log_prob", "lse", "entropy", "kl", "ratio", "clip_low", "clip_
 _LOG_PROB, _LSE, _ENTROPY, _DLOG_PROB = (
     STATS.index(name) for name in ("log_prob", "lse", "entropy", "dlog_prob")
 )
+# Behind them, between the phases of sequence-level ratios: `row_sums` of token_log_probs.
+_ROW_SUMS = slice(len(STATS), len(STATS) + 2)
 
 _OBJECTIVE_OPTIONS = (
     "epsilon_low",
@@ -113,9 +115,7 @@ class RowInputs(NamedTuple):
 
 def grpo_rows(logits: Tensor, dlogits: Tensor | None, inputs: RowInputs, impl: str) -> Tensor:
     """The statistics; the gradient goes to `dlogits`, which may be `logits`, if any."""
-    stats = torch.empty(
-        (len(STATS), *inputs.labels.shape), dtype=torch.float32, device=logits.device
-    )
+    stats = empty_stats(inputs)
     if inputs.ratio_bounds is None:
         _sweep(logits, dlogits, inputs, stats, impl)
     else:
@@ -123,7 +123,13 @@ def grpo_rows(logits: Tensor, dlogits: Tensor | None, inputs: RowInputs, impl: s
         sequence_objective(inputs, stats, impl)
         if dlogits is not None:
             objective_gradient_rows(logits, dlogits, inputs, stats, impl)
-    return stats
+    return stats[: len(STATS)]
+
+
+def empty_stats(inputs: RowInputs) -> Tensor:
+    """Room for the statistics, and behind them for what the phases need."""
+    shape = (_ROW_SUMS.stop, *inputs.labels.shape)
+    return torch.empty(shape, dtype=torch.float32, device=inputs.labels.device)
 
 
 def total_loss(stats: Tensor, weights: Tensor) -> Tensor:
@@ -169,6 +175,7 @@ def log_prob_rows(logits: Tensor, inputs: RowInputs, stats: Tensor, impl: str) -
         stats[_LOG_PROB],
         stats[_LSE],
         stats[_ENTROPY],
+        stats[_ROW_SUMS],
         inputs.option("temperature"),
         inputs.option("softcap"),
         impl,
@@ -206,7 +213,7 @@ def objective_gradient_rows(
     gradient_rows(
         logits,
         _trained_labels(inputs),
-        stats[_LSE],
+        stats[_ROW_SUMS],
         stats[_ENTROPY],
         stats[_DLOG_PROB],
         -entropy_coef * inputs.weights if entropy_coef else None,

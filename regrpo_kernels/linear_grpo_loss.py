@@ -23,6 +23,7 @@ from regrpo_kernels.grpo_rows import (
     ROW_INPUTS,
     STATS,
     RowInputs,
+    empty_stats,
     grpo_rows,
     has_gradient,
     log_prob_rows,
@@ -52,7 +53,8 @@ def _linear_grpo_loss(
         found = _token_level(head, inputs.select(selected), any(needs), impl)
     else:
         found, head = _sequence_level(head, inputs.select(selected), needs, impl)
-    stats = found.new_zeros(len(STATS), inputs.labels.numel()).index_copy_(1, selected, found)
+    stats = found.new_zeros(len(STATS), inputs.labels.numel())
+    stats.index_copy_(1, selected, found[: len(STATS)])
     return (
         total_loss(stats, inputs.weights),
         stats.view(len(STATS), *inputs.labels.shape),
@@ -76,7 +78,7 @@ def _sequence_level(
     """All log-probs first. Rows that have a gradient are then multiplied again, unless all logits
     are still there.
     """
-    stats = torch.empty(len(STATS), len(inputs.labels), device=inputs.labels.device)
+    stats = empty_stats(inputs)
     for rows, logits in head.chunks():
         log_prob_rows(logits, inputs.part(rows), stats[:, rows], impl)
     sequence_objective(inputs, stats, impl)

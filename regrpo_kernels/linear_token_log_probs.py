@@ -21,11 +21,11 @@ from regrpo_kernels.token_log_probs import (
 library.define(
     "linear_token_log_probs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     "float temperature, float softcap, bool return_entropy, str impl) "
-    "-> (Tensor log_probs, Tensor lse, Tensor entropy)"
+    "-> (Tensor log_probs, Tensor lse, Tensor entropy, Tensor row_sums)"
 )
 library.define(
     "linear_token_log_probs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-    "Tensor lse, Tensor entropy, Tensor dlog_probs, Tensor? dentropy, float temperature, "
+    "Tensor row_sums, Tensor entropy, Tensor dlog_probs, Tensor? dentropy, float temperature, "
     "float softcap, bool[] needs, str impl) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 
@@ -39,18 +39,23 @@ def _forward(
     softcap: float,
     return_entropy: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     selected = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     head = LinearHead(hidden, weight, bias, selected, [False] * 3)
     kept = labels.flatten().index_select(0, selected)
-    found = torch.zeros(3, len(selected), dtype=torch.float32, device=hidden.device)
+    found = torch.zeros(5, len(selected), dtype=torch.float32, device=hidden.device)
     for rows, logits in head.chunks():
-        log_probs, lse, entropy = found[:, rows]
+        log_probs, lse, entropy = found[:3, rows]
         wanted = entropy if return_entropy else None
-        forward_rows(logits, kept[rows], log_probs, lse, wanted, temperature, softcap, impl)
-    whole = found.new_zeros(3, labels.numel()).index_copy_(1, selected, found)
-    log_probs, lse, entropy = (x.clone() for x in whole.view(3, *labels.shape))
-    return log_probs, lse, entropy if return_entropy else entropy.new_empty(0)
+        row_sums = found[3:, rows]
+        forward_rows(
+            logits, kept[rows], log_probs, lse, wanted, row_sums, temperature, softcap, impl
+        )
+    whole = found.new_zeros(5, labels.numel()).index_copy_(1, selected, found)
+    whole = whole.view(5, *labels.shape)
+    log_probs, lse, entropy = (x.clone() for x in whole[:3])
+    entropy = entropy if return_entropy else entropy.new_empty(0)
+    return log_probs, lse, entropy, whole[3:].clone()
 
 
 def _backward(
@@ -58,7 +63,7 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    lse: Tensor,
+    row_sums: Tensor,
     entropy: Tensor,
     dlog_probs: Tensor,
     dentropy: Tensor | None,
@@ -70,9 +75,10 @@ def _backward(
     pushed = dlog_probs != 0 if dentropy is None else (dlog_probs != 0) | (dentropy != 0)
     selected = ((labels != IGNORE_INDEX) & pushed).flatten().nonzero().squeeze(1)
     head = LinearHead(hidden, weight, bias, selected, needs)
-    row_labels, row_lse, row_dlog_probs = (
-        x.flatten().index_select(0, selected) for x in (labels, lse, dlog_probs)
+    row_labels, row_dlog_probs = (
+        x.flatten().index_select(0, selected) for x in (labels, dlog_probs)
     )
+    row_sums = row_sums.flatten(1).index_select(1, selected)
     # Without entropy, neither it nor its gradient is read.
     row_entropy, row_dentropy = entropy, dentropy
     if dentropy is not None:
@@ -83,7 +89,7 @@ def _backward(
         gradient_rows(
             logits,
             row_labels[rows],
-            row_lse[rows],
+            row_sums[:, rows],
             row_entropy[rows],
             row_dlog_probs[rows],
             None if row_dentropy is None else row_dentropy[rows],
@@ -107,19 +113,19 @@ def _(hidden, weight, bias, labels, temperature, softcap, return_entropy, impl):
 
 
 @torch.library.register_fake("regrpo_kernels::linear_token_log_probs_backward", lib=library)
-def _(hidden, weight, bias, labels, lse, entropy, dlog_probs, dentropy, t, c, needs, impl):
+def _(hidden, weight, bias, labels, row_sums, entropy, dlog_probs, dentropy, t, c, needs, impl):
     return fake_gradients(hidden, weight, bias, needs)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.temperature, ctx.softcap, ctx.return_entropy, ctx.impl = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(*tensors, lse, entropy)
-    ctx.mark_non_differentiable(lse)
+    _, lse, entropy, row_sums = output
+    ctx.save_for_backward(*tensors, row_sums, entropy)
+    ctx.mark_non_differentiable(lse, row_sums)
 
 
 def _autograd_backward(
-    ctx: Any, dlog_probs: Tensor, dlse: Tensor, dentropy: Tensor
+    ctx: Any, dlog_probs: Tensor, dlse: Tensor, dentropy: Tensor, drow_sums: Tensor
 ) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.regrpo_kernels.linear_token_log_probs_backward(
@@ -177,7 +183,7 @@ def linear_token_log_probs(
         return token_log_probs_reference(
             logits, labels, temperature=temperature, softcap=softcap, return_entropy=return_entropy
         )
-    log_probs, lse, entropy = torch.ops.regrpo_kernels.linear_token_log_probs(
+    log_probs, lse, entropy, _ = torch.ops.regrpo_kernels.linear_token_log_probs(
         hidden, weight, bias, labels, temperature, softcap or 0.0, return_entropy, chosen
     )
     return TokenLogProbs(log_probs, lse, entropy if return_entropy else None)

@@ -153,7 +153,10 @@ def token_objective(
         loss = -(weight * log_probs).masked_fill(weight == 0, 0.0)
     elif o.policy == "sapo":
         tau = torch.where(a > 0, o.sapo_tau_pos, o.sapo_tau_neg)
-        loss = -(4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0)) * a
+        x = tau * (ratio - 1.0)
+        # sigmoid(x), of which autograd's slope s (1 - s) does not cancel
+        s = torch.where(x > 0, 1.0 - torch.sigmoid(-x), torch.sigmoid(x))
+        loss = -(4.0 / tau) * s * a
     else:
         loss = -(a * log_probs).masked_fill(a == 0, 0.0)
 

@@ -67,20 +67,24 @@ def token_log_probs_reference(
     return TokenLogProbs(log_probs.masked_fill(~kept, 0.0), lse.masked_fill(~kept, 0.0), entropy)
 
 
+# row_sums [2, *labels.shape], for backward: a reference at or near the row's largest z (the logit
+# after the softcap), and the sum of exp((z - reference) / temperature). From lse in fp32 the
+# probabilities would be off by half a step of it, relative: 5e-4 at logits of 1e4.
 library.define(
     "token_log_probs(Tensor logits, Tensor labels, float temperature, float softcap, "
-    "bool return_entropy, str impl) -> (Tensor log_probs, Tensor lse, Tensor entropy)"
+    "bool return_entropy, str impl) "
+    "-> (Tensor log_probs, Tensor lse, Tensor entropy, Tensor row_sums)"
 )
 library.define(
-    "token_log_probs_backward(Tensor logits, Tensor labels, Tensor lse, Tensor entropy, "
+    "token_log_probs_backward(Tensor logits, Tensor labels, Tensor row_sums, Tensor entropy, "
     "Tensor dlog_probs, Tensor? dentropy, float temperature, float softcap, str impl) -> Tensor"
 )
 
 
-def empty_outputs(labels: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(labels: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_probs = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
     entropy = torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
-    return log_probs, torch.empty_like(log_probs), entropy
+    return log_probs, torch.empty_like(log_probs), entropy, log_probs.new_empty(2, *labels.shape)
 
 
 def forward_rows(
@@ -89,17 +93,20 @@ def forward_rows(
     log_probs: Tensor,
     lse: Tensor,
     entropy: Tensor | None,
+    row_sums: Tensor,
     temperature: float,
     softcap: float,
     impl: str,
 ) -> None:
-    """Fills `log_probs`, `lse` and `entropy`, contiguous and shaped like the contiguous labels."""
+    """Fills `log_probs`, `lse`, `entropy` and both of `row_sums`, contiguous and shaped like the
+    contiguous labels.
+    """
     with device_guard(logits):
         if impl == "triton":
             from regrpo_kernels import triton_token_log_probs
 
             triton_token_log_probs.token_log_probs(
-                logits, labels, log_probs, lse, entropy, temperature, softcap
+                logits, labels, log_probs, lse, entropy, row_sums, temperature, softcap
             )
             return
         compiled().token_log_probs(
@@ -113,6 +120,8 @@ def forward_rows(
             log_probs=pointer(log_probs),
             lse=pointer(lse),
             entropy=pointer(entropy),
+            reference=pointer(row_sums[0]),
+            sum=pointer(row_sums[1]),
             **launch(logits),
         )
 
@@ -124,18 +133,18 @@ def _forward(
     softcap: float,
     return_entropy: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = labels.contiguous()
-    log_probs, lse, entropy = outputs = empty_outputs(labels, return_entropy)
+    log_probs, lse, entropy, row_sums = outputs = empty_outputs(labels, return_entropy)
     wanted = entropy if return_entropy else None
-    forward_rows(logits, labels, log_probs, lse, wanted, temperature, softcap, impl)
+    forward_rows(logits, labels, log_probs, lse, wanted, row_sums, temperature, softcap, impl)
     return outputs
 
 
 def _backward(
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    row_sums: Tensor,
     entropy: Tensor,
     dlog_probs: Tensor,
     dentropy: Tensor | None,
@@ -145,7 +154,7 @@ def _backward(
 ) -> Tensor:
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     gradient_rows(
-        logits, labels, lse, entropy, dlog_probs, dentropy, dlogits, temperature, softcap, impl
+        logits, labels, row_sums, entropy, dlog_probs, dentropy, dlogits, temperature, softcap, impl
     )
     return dlogits
 
@@ -153,7 +162,7 @@ def _backward(
 def gradient_rows(
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    row_sums: Tensor,
     entropy: Tensor,
     dlog_probs: Tensor,
     dentropy: Tensor | None,
@@ -170,7 +179,15 @@ def gradient_rows(
             from regrpo_kernels import triton_token_log_probs
 
             triton_token_log_probs.token_log_probs_backward(
-                logits, labels, lse, entropy, dlog_probs, dentropy, dlogits, temperature, softcap
+                logits,
+                labels,
+                row_sums,
+                entropy,
+                dlog_probs,
+                dentropy,
+                dlogits,
+                temperature,
+                softcap,
             )
             return
         compiled().token_log_probs_backward(
@@ -181,7 +198,8 @@ def gradient_rows(
             labels=pointer(labels),
             temperature=temperature,
             softcap=softcap,
-            lse=pointer(lse),
+            reference=pointer(row_sums[0]),
+            sum=pointer(row_sums[1]),
             entropy=0 if dentropy is None else pointer(entropy),
             dlog_probs=pointer(dlog_probs),
             dentropy=pointer(dentropy),
@@ -201,24 +219,20 @@ def _(logits, labels, temperature, softcap, return_entropy, impl):
 
 
 @torch.library.register_fake("regrpo_kernels::token_log_probs_backward", lib=library)
-def _(logits, labels, lse, entropy, dlog_probs, dentropy, temperature, softcap, impl):
+def _(logits, labels, row_sums, entropy, dlog_probs, dentropy, temperature, softcap, impl):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup_context(ctx, inputs, output):
     logits, labels, ctx.temperature, ctx.softcap, ctx.return_entropy, ctx.impl = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(logits, labels, lse, entropy)
-    ctx.mark_non_differentiable(lse)
+    _, lse, entropy, row_sums = output
+    ctx.save_for_backward(logits, labels, row_sums, entropy)
+    ctx.mark_non_differentiable(lse, row_sums)
 
 
-def _autograd_backward(ctx, dlog_probs, dlse, dentropy):
-    logits, labels, lse, entropy = ctx.saved_tensors
+def _autograd_backward(ctx, dlog_probs, dlse, dentropy, drow_sums):
     dlogits = torch.ops.regrpo_kernels.token_log_probs_backward(
-        logits,
-        labels,
-        lse,
-        entropy,
+        *ctx.saved_tensors,
         dlog_probs,
         dentropy if ctx.return_entropy else None,
         ctx.temperature,
@@ -279,7 +293,7 @@ def token_log_probs(
         return token_log_probs_reference(
             logits, labels, temperature=temperature, softcap=softcap, return_entropy=return_entropy
         )
-    log_probs, lse, entropy = torch.ops.regrpo_kernels.token_log_probs(
+    log_probs, lse, entropy, _ = torch.ops.regrpo_kernels.token_log_probs(
         logits, labels, temperature, softcap or 0.0, return_entropy, chosen
     )
     return TokenLogProbs(log_probs, lse, entropy if return_entropy else None)

@@ -74,7 +74,7 @@ def _grpo_loss_fwd_kernel(
     else:
         label = tl.load(labels_ptr + row)
         x_row = x_ptr + (row // inner) * x_stride_outer + (row % inner) * x_stride_inner
-        maximum, total, log_sum, log_prob, lse, entropy = row_values(
+        maximum, total, log_prob, lse, entropy = row_values(
             x_row, label, vocab, inv_temperature, softcap, CAP, BLOCK_V
         )
         advantage = 1.0
@@ -114,13 +114,10 @@ def _grpo_loss_fwd_kernel(
         tl.store(stats_ptr + 3 * num_rows + row, entropy)
         if HAS_GRADIENT:
             g = dlog_prob * inv_temperature
-            a = 0.0
-            b = -g / total
+            k = 0.0
             if HAS_ENTROPY:
                 k = weight * inv_temperature * entropy_coef
-                a = k * inv_temperature / total
-                b = (k * (entropy - log_sum) - g) / total
-            if (g == 0.0) & (a == 0.0):
+            if (g == 0.0) & (k == 0.0):
                 write_zeros(d_row, vocab, BLOCK_V)
             else:
                 write_gradient(
@@ -131,9 +128,10 @@ def _grpo_loss_fwd_kernel(
                     inv_temperature,
                     softcap,
                     maximum,
-                    a,
-                    b,
+                    total,
+                    entropy,
                     g,
+                    k,
                     CAP,
                     HAS_ENTROPY,
                     BLOCK_V,

@@ -8,6 +8,7 @@ give the same bits.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from regrpo_kernels._library import rows, triton_interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-1e30)  # for d: keeps 0 * -inf out of the entropy
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(-1e4)  # for y, where 2^y is 0: keeps 0 * -inf out of the entropy
 INFINITY = tl.constexpr(math.inf)
 IGNORE_INDEX = tl.constexpr(-100)
 
@@ -38,35 +40,36 @@ def _cap(x, softcap, CAP: tl.constexpr):
 def row_values(
     x_ptr, label, vocab, inv_temperature, softcap, CAP: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """First pass: `(maximum, sum, log sum, log_prob, lse, entropy)` of a row."""
+    """First pass: `(maximum, sum, log_prob, lse, entropy)` of a row."""
     scale = inv_temperature * LOG2E
     z_label = _cap(tl.load(x_ptr + label).to(tl.float32), softcap, CAP)
     maximum = -INFINITY
     # A sum a lane, reduced once at the end: only the maximum is exchanged in each block.
     totals = tl.zeros([BLOCK_V], tl.float32)
-    moments = tl.zeros([BLOCK_V], tl.float32)  # of e * d, d = z - maximum
+    moments = tl.zeros([BLOCK_V], tl.float32)  # of e * y, e = 2^y
     for start in range(0, vocab, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         x = tl.load(x_ptr + cols, mask=cols < vocab, other=-INFINITY).to(tl.float32)
         z = tl.where(cols < vocab, _cap(x, softcap, CAP), -INFINITY)
         highest = tl.max(z, axis=0)
         if highest > maximum:
-            shift = tl.where(maximum == -INFINITY, 0.0, maximum - highest)
-            shrink = tl.exp2(shift * scale)
+            shift = tl.where(maximum == -INFINITY, 0.0, (maximum - highest) * scale)
+            shift = tl.maximum(shift, FLOOR)
+            shrink = tl.exp2(shift)
             moments = shrink * (moments + shift * totals)
             totals = shrink * totals
             maximum = highest
-        d = z - tl.where(maximum == -INFINITY, 0.0, maximum)
-        d = tl.where(d < FLOOR, FLOOR, d)  # NaN goes through
-        e = tl.exp2(d * scale)
-        moments += e * d
+        y = (z - tl.where(maximum == -INFINITY, 0.0, maximum)) * scale
+        y = tl.where(y < FLOOR, FLOOR, y)  # NaN goes through
+        e = tl.exp2(y)
+        moments += e * y
         totals += e
     total = tl.sum(totals, axis=0)
     log_sum = tl.log(total)
     log_prob = tl.minimum((z_label - maximum) * inv_temperature - log_sum, 0.0)
     lse = maximum * inv_temperature + log_sum
-    entropy = tl.maximum(log_sum - inv_temperature * tl.sum(moments, axis=0) / total, 0.0)
-    return maximum, total, log_sum, log_prob, lse, entropy
+    entropy = tl.maximum(log_sum - LN2 * tl.sum(moments, axis=0) / total, 0.0)
+    return maximum, total, log_prob, lse, entropy
 
 
 @triton.jit
@@ -78,24 +81,29 @@ def write_gradient(
     inv_temperature,
     softcap,
     reference,
-    a,
-    b,
-    at_label,
+    total,
+    entropy,
+    g,
+    k,
     CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Second pass: `e * (b + a d)`, plus `at_label` for the label, with `d = z - reference`."""
+    """Second pass: the gradient of `g log_prob - k entropy`, g and k over the temperature, where
+    `total` belongs to `reference`: `2^y (b + a y)`, plus `g` for the label.
+    """
+    a = k * LN2 / total
+    b = (k * (entropy - tl.log(total)) - g) / total
     blocks = tl.cdiv(vocab, BLOCK_V)
     for i in range(0, blocks):
         cols = (blocks - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
         live = cols < vocab
         z = _cap(tl.load(x_ptr + cols, mask=live, other=0.0).to(tl.float32), softcap, CAP)
-        d = z - reference
-        d = tl.where(d < FLOOR, FLOOR, d)
-        e = tl.exp2(d * (inv_temperature * LOG2E))
-        v = e * (b + a * d) if ENTROPY else e * b
-        v = tl.where(cols == label, v + at_label, v)
+        y = (z - reference) * (inv_temperature * LOG2E)
+        y = tl.where(y < FLOOR, FLOOR, y)
+        e = tl.exp2(y)
+        v = e * (b + a * y) if ENTROPY else e * b
+        v = tl.where(cols == label, v + g, v)
         if CAP:
             v = v * (1.0 - (z / softcap) * (z / softcap))
         tl.store(d_ptr + cols, v.to(d_ptr.dtype.element_ty), mask=live)
@@ -126,7 +134,15 @@ def row_kernel(*flags: str) -> Any:
     """
 
     def decorate(function: Any) -> Any:
-        jitted = triton.jit(do_not_specialize=_LENGTHS)(function)
+        # of values a row each: the alignment of a part or of the second half follows a length
+        per_row = [
+            name
+            for name in inspect.signature(function).parameters
+            if name.endswith("_ptr") and name not in ("x_ptr", "d_ptr")
+        ]
+        jitted = triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=per_row)(
+            function
+        )
         key = ["vocab", "FEW_ROWS", *flags]
         return triton.autotune(configs=_CONFIGS, key=key, cache_results=True)(jitted)
 

@@ -26,6 +26,8 @@ def _token_log_probs_fwd_kernel(
     log_probs_ptr,
     lse_ptr,
     entropy_ptr,
+    reference_ptr,
+    sum_ptr,
     vocab,
     inv_temperature,
     softcap,
@@ -39,15 +41,19 @@ def _token_log_probs_fwd_kernel(
     if label == IGNORE_INDEX:
         tl.store(log_probs_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
+        tl.store(reference_ptr + row, 0.0)
+        tl.store(sum_ptr + row, 0.0)
         if HAS_ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
     else:
         x_row = x_ptr + (row // inner) * x_stride_outer + (row % inner) * x_stride_inner
-        _, _, _, log_prob, lse, entropy = row_values(
+        maximum, total, log_prob, lse, entropy = row_values(
             x_row, label, vocab, inv_temperature, softcap, CAP, BLOCK_V
         )
         tl.store(log_probs_ptr + row, log_prob)
         tl.store(lse_ptr + row, lse)
+        tl.store(reference_ptr + row, maximum)
+        tl.store(sum_ptr + row, total)
         if HAS_ENTROPY:
             tl.store(entropy_ptr + row, entropy)
 
@@ -62,12 +68,12 @@ def _token_log_probs_bwd_kernel(
     d_stride_outer,
     d_stride_inner,
     labels_ptr,
-    lse_ptr,
+    reference_ptr,
+    sum_ptr,
     entropy_ptr,
     dlog_probs_ptr,
     dentropy_ptr,
     vocab,
-    temperature,
     inv_temperature,
     softcap,
     HAS_ENTROPY: tl.constexpr,
@@ -79,19 +85,14 @@ def _token_log_probs_bwd_kernel(
     label = tl.load(labels_ptr + row)
     d_row = d_ptr + (row // inner) * d_stride_outer + (row % inner) * d_stride_inner
     g = 0.0
-    a = 0.0
-    b = 0.0
-    reference = 0.0
+    k = 0.0
+    entropy = 0.0
     if label != IGNORE_INDEX:
-        # p = exp((z - lse * temperature) / temperature)
-        reference = tl.load(lse_ptr + row) * temperature
         g = tl.load(dlog_probs_ptr + row) * inv_temperature
-        b = -g
         if HAS_ENTROPY:
             k = -tl.load(dentropy_ptr + row) * inv_temperature
-            a = k * inv_temperature
-            b = k * tl.load(entropy_ptr + row) - g
-    if (g == 0.0) & (a == 0.0):
+            entropy = tl.load(entropy_ptr + row)
+    if (g == 0.0) & (k == 0.0):
         write_zeros(d_row, vocab, BLOCK_V)
     else:
         x_row = x_ptr + (row // inner) * x_stride_outer + (row % inner) * x_stride_inner
@@ -102,10 +103,11 @@ def _token_log_probs_bwd_kernel(
             vocab,
             inv_temperature,
             softcap,
-            reference,
-            a,
-            b,
+            tl.load(reference_ptr + row),
+            tl.load(sum_ptr + row),
+            entropy,
             g,
+            k,
             CAP,
             HAS_ENTROPY,
             BLOCK_V,
@@ -118,6 +120,7 @@ def token_log_probs(
     log_probs: Tensor,
     lse: Tensor,
     entropy: Tensor | None,
+    row_sums: Tensor,
     temperature: float,
     softcap: float,
 ) -> None:
@@ -128,6 +131,8 @@ def token_log_probs(
         "log_probs_ptr": log_probs,
         "lse_ptr": lse,
         "entropy_ptr": lse if entropy is None else entropy,
+        "reference_ptr": row_sums[0],
+        "sum_ptr": row_sums[1],
         "inv_temperature": 1.0 / temperature,
         "softcap": softcap,
     }
@@ -143,7 +148,7 @@ def token_log_probs(
 def token_log_probs_backward(
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    row_sums: Tensor,
     entropy: Tensor,
     dlog_probs: Tensor,
     dentropy: Tensor | None,
@@ -155,11 +160,11 @@ def token_log_probs_backward(
         return
     arguments = row_arguments(logits, dlogits) | {
         "labels_ptr": labels,
-        "lse_ptr": lse,
-        "entropy_ptr": lse if dentropy is None else entropy,
+        "reference_ptr": row_sums[0],
+        "sum_ptr": row_sums[1],
+        "entropy_ptr": row_sums if dentropy is None else entropy,
         "dlog_probs_ptr": dlog_probs,
-        "dentropy_ptr": lse if dentropy is None else dentropy,
-        "temperature": temperature,
+        "dentropy_ptr": row_sums if dentropy is None else dentropy,
         "inv_temperature": 1.0 / temperature,
         "softcap": softcap,
     }

@@ -61,11 +61,7 @@ void sweep_row(const GrpoLossArgs& a, int64_t r, const RowScale& scale, const T*
     memset(out, 0, a.vocab * sizeof(T));
     return;
   }
-  RowGradient gradient;
-  gradient.m = sums.m;
-  gradient.at_label = g;
-  gradient.b = (-g + (k != 0.0 ? k * (row.entropy - row.log_sum) : 0.0)) / sums.sum;
-  gradient.a = k * kLn2 / sums.sum;
+  const RowGradient gradient(sums.m, sums.sum, row.entropy, g, k);
   if (keep) {
     kept_gradient<T, STREAM>(kept, out, a.vocab, a.labels[r], z_label, scale, gradient);
   } else if (k != 0.0) {

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t kBlock = 2048;      // elements whose sums are kept in fp32
-constexpr float kFloor = -1e30f;      // for y: keeps 0 * -inf out of the entropy
+constexpr float kFloor = -1e4f;       // for y, where 2^y is 0: keeps 0 * -inf out of the entropy
 constexpr float kRebase = 131072.0f;  // a block sum above this moves the reference up
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
@@ -199,16 +199,16 @@ RowSums row_forward(const T* p, int64_t vocab, const RowScale& scale, const T* p
 // log_prob, lse and entropy from the sums.
 struct RowValues {
   float log_prob, lse;
-  double log_sum, entropy;
+  double entropy;
 };
 inline RowValues row_values(const RowSums& r, float z_label, const RowScale& scale) {
   RowValues v;
   const double reference = Exponent(scale, r.m).reference;
-  v.log_sum = log(r.sum);
-  const double log_prob = (double(z_label) - reference) * scale.inv_temperature - v.log_sum;
+  const double log_sum = log(r.sum);
+  const double log_prob = (double(z_label) - reference) * scale.inv_temperature - log_sum;
   v.log_prob = log_prob > 0.0 ? 0.0f : float(log_prob);  // rounding of the sum must not make a probability exceed 1
-  v.lse = float(reference * scale.inv_temperature + v.log_sum);
-  v.entropy = v.log_sum - kLn2 * r.moment / r.sum;
+  v.lse = float(reference * scale.inv_temperature + log_sum);
+  v.entropy = log_sum - kLn2 * r.moment / r.sum;
   if (v.entropy < 0.0) v.entropy = 0.0;
   return v;
 }
@@ -218,6 +218,9 @@ struct RowGradient {
   float m;  // of the Exponent
   double a, b;
   double at_label;
+  // Of g log_prob - k entropy, where `sum` belongs to `m`.
+  RowGradient(float m, double sum, double entropy, double g, double k)
+      : m(m), a(k * kLn2 / sum), b((k * (entropy - log(sum)) - g) / sum), at_label(g) {}
 };
 
 template <bool CAP>

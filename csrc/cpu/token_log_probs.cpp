@@ -22,6 +22,8 @@ void forward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale) {
   const RowValues row = row_values(sums, Reader<T, CAP>(scale).scalar(p + a.labels[r]), scale);
   a.log_probs[r] = row.log_prob;
   a.lse[r] = row.lse;
+  a.reference[r] = sums.m;
+  a.sum[r] = float(sums.sum);
   if (a.entropy) a.entropy[r] = float(row.entropy);
 }
 
@@ -31,7 +33,7 @@ int forward(TokenLogProbsArgs& a, int num_threads) {
   const RowScale scale{1.0 / a.temperature, float(a.softcap)};
   for_each_row(a.rows, a.vocab, num_threads, [&](int64_t r, int64_t) {
     if (a.labels[r] == kIgnore) {
-      a.log_probs[r] = a.lse[r] = 0.0f;
+      a.log_probs[r] = a.lse[r] = a.reference[r] = a.sum[r] = 0.0f;
       if (a.entropy) a.entropy[r] = 0.0f;
     } else if (scale.softcap > 0.0f) {
       forward_row<T, true>(a, r, scale);
@@ -44,15 +46,9 @@ int forward(TokenLogProbsArgs& a, int num_threads) {
 
 template <typename T, bool CAP, bool STREAM>
 void backward_row(const TokenLogProbsArgs& a, int64_t r, const RowScale& scale) {
-  // p = exp(z / temperature - lse): the saved lse takes the place of the maximum, and the sum is 1 but for `rest`
   const double g = a.dlog_probs[r] * scale.inv_temperature;
   const double k = a.dentropy ? -a.dentropy[r] * scale.inv_temperature : 0.0;
-  RowGradient gradient;
-  gradient.m = float(a.lse[r] * a.temperature);
-  const double rest = Exponent(scale, gradient.m).reference * scale.inv_temperature - a.lse[r];
-  gradient.at_label = g;
-  gradient.b = (-g + (k != 0.0 ? k * (a.entropy[r] + rest) : 0.0)) * exp(rest);
-  gradient.a = k * kLn2 * exp(rest);
+  const RowGradient gradient(a.reference[r], a.sum[r], a.dentropy ? a.entropy[r] : 0.0, g, k);
   const T* p = row_at<T>(a.logits, r);
   T* out = row_at<T>(a.dlogits, r);
   if (gradient.a != 0.0) {

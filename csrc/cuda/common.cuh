@@ -10,8 +10,9 @@
 namespace regrpo::cuda {
 
 constexpr int kLanes = 32;
-constexpr float kFloor = -1e30f;              // for d: keeps 0 * -inf out of the entropy
+constexpr float kFloor = -1e4f;               // for y, where 2^y is 0: keeps 0 * -inf out of the entropy
 constexpr float kLowest = -3.402823466e+38f;  // a maximum that keeps -inf - -inf out as well
+constexpr float kLn2 = 0.693147181f;
 
 // ---- elements --------------------------------------------------------------------------------------------
 template <typename T>
@@ -92,7 +93,7 @@ __device__ __forceinline__ void zero_row(T* out, int64_t vocab, unsigned thread,
 }
 
 // ---- running sums ----------------------------------------------------------------------------------------
-// From the logit as stored to d = z - reference and e = exp(d / temperature). Computed on the host: 1 / T in fp64.
+// From the logit as stored to y = (z - reference) / temperature / ln 2, e = 2^y. Computed on the host: 1 / T in fp64.
 struct RowScale {
   float inv_temperature, log2e_temperature;  // 1 / T, log2(e) / T
   float softcap, inv_softcap;                // 0: none
@@ -109,12 +110,12 @@ __device__ __forceinline__ float capped(float x, const RowScale& s) {
 }
 
 struct RowSums {
-  float maximum = kLowest, sum = 0.0f, moment = 0.0f;  // sum of e and of e * d, relative to the maximum
+  float maximum = kLowest, sum = 0.0f, moment = 0.0f;  // sum of e and of e * y, relative to the maximum
 };
 
 __device__ __forceinline__ void move_reference(RowSums& r, float maximum, const RowScale& s) {
-  const float d = max_nan(r.maximum - maximum, kFloor), shrink = exp2_approx(d * s.log2e_temperature);
-  r.moment = shrink * (r.moment + d * r.sum);
+  const float y = max_nan((r.maximum - maximum) * s.log2e_temperature, kFloor), shrink = exp2_approx(y);
+  r.moment = shrink * (r.moment + y * r.sum);
   r.sum *= shrink;
   r.maximum = maximum;
 }
@@ -131,9 +132,9 @@ __device__ __forceinline__ void add_elements(RowSums& r, float (&x)[N], const Ro
   float sum = 0.0f, moment = 0.0f;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const float d = max_nan(x[k] - r.maximum, kFloor), e = exp2_approx(d * s.log2e_temperature);
+    const float y = max_nan((x[k] - r.maximum) * s.log2e_temperature, kFloor), e = exp2_approx(y);
     sum += e;
-    moment += e * d;
+    moment += e * y;
   }
   r.sum += sum;
   r.moment += moment;
@@ -197,15 +198,20 @@ __device__ __forceinline__ RowValues row_values(const RowSums& r, float z_label,
   v.log_prob = (z_label - r.maximum) * s.inv_temperature - v.log_sum;
   if (v.log_prob > 0.0f) v.log_prob = 0.0f;  // rounding of the sum must not make a probability exceed 1
   v.lse = r.maximum * s.inv_temperature + v.log_sum;
-  v.entropy = v.log_sum - s.inv_temperature * r.moment / r.sum;
+  v.entropy = v.log_sum - kLn2 * r.moment / r.sum;
   if (v.entropy < 0.0f) v.entropy = 0.0f;
   return v;
 }
 
-// The gradient of a row: e * (b + a * d), and `at_label` besides for the label, times the softcap's slope.
+// The gradient of a row: e * (b + a * y), and `at_label` besides for the label, times the softcap's slope.
 struct RowGradient {
   float reference, a, b, at_label;
 };
+// Of g log_prob - k entropy, where `sum` belongs to `reference`.
+__device__ __forceinline__ RowGradient row_gradient(float reference, float sum, float log_sum, float entropy, float g,
+                                                    float k) {
+  return {reference, k * kLn2 / sum, (k * (entropy - log_sum) - g) / sum, g};
+}
 
 // Writes it. The label's value is summed in fp32 and rounded once, with all others.
 template <typename T, bool CAP, bool ENTROPY>
@@ -242,9 +248,9 @@ class GradientWriter {
  private:
   __device__ __forceinline__ float value(float x, float more = 0.0f) const {
     const float z = capped<CAP>(x, s_);
-    float d = z - g_.reference;
-    if (ENTROPY) d = max_nan(d, kFloor);
-    float v = exp2_approx(d * s_.log2e_temperature) * (ENTROPY ? g_.b + g_.a * d : g_.b) + more;
+    float y = (z - g_.reference) * s_.log2e_temperature;
+    if (ENTROPY) y = max_nan(y, kFloor);
+    float v = exp2_approx(y) * (ENTROPY ? g_.b + g_.a * y : g_.b) + more;
     if (CAP) {
       const float t = z * s_.inv_softcap;
       v *= 1.0f - t * t;

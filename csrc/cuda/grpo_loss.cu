@@ -26,8 +26,7 @@ __device__ __forceinline__ RowGradient token_gradient(const GrpoLossArgs& args, 
   }
   const float scaled = weight * scale.inv_temperature;
   const float g = scaled * token.dlog_prob, k = scaled * args.objective.entropy_coef;
-  return {sums.maximum, k * scale.inv_temperature / sums.sum,
-          ((k != 0.0f ? k * (v.entropy - v.log_sum) : 0.0f) - g) / sums.sum, g};
+  return row_gradient(sums.maximum, sums.sum, v.log_sum, v.entropy, g, k);
 }
 
 __device__ __forceinline__ void skip_stats(const GrpoLossArgs& args, int64_t r) {

@@ -10,9 +10,12 @@ constexpr int64_t kIgnore = -100;
 constexpr int kThreads = 256;
 constexpr int kInFlight = 4;  // 16-byte loads of a thread before the first is used
 
-__device__ __forceinline__ void write_values(const TokenLogProbsArgs& args, int64_t r, const RowValues& v) {
+__device__ __forceinline__ void write_values(const TokenLogProbsArgs& args, int64_t r, const RowSums& sums,
+                                             const RowValues& v) {
   args.log_probs[r] = v.log_prob;
   args.lse[r] = v.lse;
+  args.reference[r] = sums.maximum;
+  args.sum[r] = sums.sum;
   if (args.entropy) args.entropy[r] = v.entropy;
 }
 
@@ -22,14 +25,14 @@ __device__ __forceinline__ void cluster_forward(const TokenLogProbsArgs& args, c
   const int64_t r = blockIdx.x / cluster_size();
   const int64_t label = args.labels[r];
   if (label == kIgnore) {
-    if (writer) write_values(args, r, RowValues{});
+    if (writer) write_values(args, r, RowSums{}, RowValues{});
     return;
   }
   const T* row = row_at<T>(args.logits, r);
   RowCluster<T> cluster(row, args.vocab);
   const float x_label = writer ? to_float(row[label]) : 0.0f;
   const RowSums sums = cluster.template sums<CAP>(scale);
-  if (writer) write_values(args, r, row_values(sums, capped<CAP>(x_label, scale), scale));
+  if (writer) write_values(args, r, sums, row_values(sums, capped<CAP>(x_label, scale), scale));
 }
 
 template <typename T, bool CAP>
@@ -45,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 5)
   const int64_t r = blockIdx.x;
   const int64_t label = args.labels[r];
   if (label == kIgnore) {
-    if (threadIdx.x == 0) write_values(args, r, RowValues{});
+    if (threadIdx.x == 0) write_values(args, r, RowSums{}, RowValues{});
     return;
   }
   const T* row = row_at<T>(args.logits, r);
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 5)
 
   __shared__ RowSums parts[kThreads / kLanes];
   sums = merge_block<kThreads>(sums, parts, scale);
-  if (threadIdx.x == 0) write_values(args, r, row_values(sums, capped<CAP>(to_float(row[label]), scale), scale));
+  if (threadIdx.x == 0) write_values(args, r, sums, row_values(sums, capped<CAP>(to_float(row[label]), scale), scale));
 }
 
 template <typename T, bool CAP, bool ENTROPY>
@@ -100,20 +103,20 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t r = blockIdx.x;
   const int64_t label = args.labels[r];
   T* out = row_at<T>(args.dlogits, r);
-  float g = 0.0f, k = 0.0f;
+  float g = 0.0f, k = 0.0f, entropy = 0.0f;
   if (label != kIgnore) {
     g = args.dlog_probs[r] * scale.inv_temperature;
-    if (args.dentropy) k = -args.dentropy[r] * scale.inv_temperature;
+    if (args.dentropy) {
+      k = -args.dentropy[r] * scale.inv_temperature;
+      entropy = args.entropy[r];
+    }
   }
   if (g == 0.0f && k == 0.0f) return zero_row(out, args.vocab, threadIdx.x, kThreads);
   const T* row = row_at<T>(args.logits, r);
-  // p = exp((z - lse * temperature) / temperature): lse takes the place of the maximum, and the sum is 1
-  RowGradient gradient{static_cast<float>(args.lse[r] * args.temperature), 0.0f, -g, g};
+  const RowGradient gradient = row_gradient(args.reference[r], args.sum[r], logf(args.sum[r]), entropy, g, k);
   if (k == 0.0f) {
     write_gradient<T, CAP, false>(row, out, args.vocab, label, gradient, scale);
   } else {
-    gradient.a = k * scale.inv_temperature;
-    gradient.b += k * args.entropy[r];
     write_gradient<T, CAP, true>(row, out, args.vocab, label, gradient, scale);
   }
 }

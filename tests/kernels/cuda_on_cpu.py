@@ -36,6 +36,8 @@ class TokenLogProbsArgs(Structure):
         ("log_probs", c_void_p),
         ("lse", c_void_p),
         ("entropy", c_void_p),
+        ("reference", c_void_p),
+        ("sum", c_void_p),
         ("dlogits", Rows),
         ("dlog_probs", c_void_p),
         ("dentropy", c_void_p),
@@ -204,8 +206,11 @@ class Emulator:
         status = getattr(self.library, op)(ctypes.byref(arguments))
         assert status == 0, f"{op}: status {status}, {self.library.last_error().decode()}"
 
-    def token_log_probs(self, logits, labels, temperature=1.0, softcap=None, entropy=True):
-        """`(log_probs, lse, entropy | None)`."""
+    def token_log_probs(
+        self, logits, labels, temperature=1.0, softcap=None, entropy=True, row_sums=None
+    ):
+        """`(log_probs, lse, entropy | None)`; `row_sums` [2, T] are filled for backward."""
+        row_sums = torch.empty(2, *labels.shape) if row_sums is None else row_sums
         out = [torch.full(labels.shape, torch.nan) for _ in range(3 if entropy else 2)]
         arguments = TokenLogProbsArgs(
             dtype=DTYPE_CODES[logits.dtype],
@@ -218,12 +223,14 @@ class Emulator:
             log_probs=pointer(out[0]),
             lse=pointer(out[1]),
             entropy=pointer(out[2]) if entropy else 0,
+            reference=pointer(row_sums[0]),
+            sum=pointer(row_sums[1]),
         )
         self.call("token_log_probs", arguments)
         return (*out, None)[:3]
 
     def token_log_probs_backward(
-        self, logits, labels, dlogits, lse, dlog_probs, entropy=None, dentropy=None, **scaling
+        self, logits, labels, dlogits, row_sums, dlog_probs, entropy=None, dentropy=None, **scaling
     ):
         arguments = TokenLogProbsArgs(
             dtype=DTYPE_CODES[logits.dtype],
@@ -233,8 +240,9 @@ class Emulator:
             labels=pointer(labels),
             temperature=scaling.get("temperature", 1.0),
             softcap=scaling.get("softcap") or 0.0,
-            lse=pointer(lse),
             entropy=pointer(entropy),
+            reference=pointer(row_sums[0]),
+            sum=pointer(row_sums[1]),
             dlogits=Rows(*rows(dlogits)),
             dlog_probs=pointer(dlog_probs),
             dentropy=pointer(dentropy),

@@ -221,14 +221,6 @@ class Rows64:
             1e-5 + 2 * self.noise + 4e-7 * largest * scaled
         )
 
-    def from_saved_lse(self) -> None:
-        """A backward that takes probabilities from a lse stored in fp32: where one step of it is
-        large, `exp(z - lse)` may overflow.
-        """
-        self.slack = self.slack + self.lse_slack + 4e-7 * self.lse.detach().abs()
-        self.clear &= self.slack < 1e-2
-        self.sound &= self.slack < 1.0
-
     def gradient(self, c: Tensor, k: Tensor, c_slack: Tensor, dtype: torch.dtype) -> tuple:
         """Of `sum c log_prob - k entropy`, and what ours may differ by."""
         total = (c * self.log_probs).nan_to_num().sum() - (k * self.entropy).nan_to_num().sum()
@@ -287,11 +279,11 @@ def loss64(batch: Batch, rows: Rows64) -> Loss64:
     (token, c), low, high = (objective(s) for s in (0.0, -rows.slack, rows.slack))
     k = o["entropy_coef"] * weights
     size = weights * 0.0
-    if o["policy"] == "sapo" and old is not None:  # 1 - sigmoid cancels
+    if o["policy"] == "sapo" and old is not None:  # the slope's exponential underflows
         d = (rows.log_probs.detach() - old).clamp(-20, 20)
         if sequences is not None:
             d = torch.stack([d[sequences == i].mean() for i in sequences]) if len(d) else d
-        size = weights * advantages.abs() * d.exp()
+        size = 1e-31 * weights * advantages.abs() * d.exp()
     if ref is not None:
         x = (ref - rows.log_probs.detach()).clamp(-20, 20)
         size = size + weights * o["beta"] * (x.abs() + x.expm1().abs())

@@ -42,7 +42,9 @@ def token_loss64(log_probs, advantages, old=None, ref=None, sequences=None, **o)
         loss = -clipped.detach() * a * log_probs
     elif policy == "sapo":
         tau = torch.where(a > 0, o.get("sapo_tau_pos", 1.0), o.get("sapo_tau_neg", 1.05))
-        loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * a
+        x = tau * (ratio - 1)
+        # sigmoid(x), whose slope s (1 - s) would be 0 from x = 37 on
+        loss = -4 / tau * torch.where(x > 0, 1 - torch.sigmoid(-x), torch.sigmoid(x)) * a
     elif policy == "reinforce":
         loss = -a * log_probs
     else:
@@ -70,6 +72,20 @@ def grpo_loss64(logits, labels, weights, advantages=None, old=None, ref=None, se
     if loss.requires_grad:
         loss.backward()
     return loss.detach(), torch.zeros_like(x) if x.grad is None else x.grad
+
+
+# Offsets of a row at which half a step of its lse in fp32 is 5e-4, and more.
+FAR = [2.0**13, -(2.0**13), 2.0**100]
+
+
+def far_logits(shape, offset, dtype):
+    """`(logits, temperature)`: exact in `dtype`, within 20 steps of the offset; the temperature is
+    one at which many tokens share the probability.
+    """
+    step = max(abs(offset) * torch.finfo(dtype).eps, 0.25)
+    logits = offset + step * torch.randint(-20, 21, shape).double()
+    assert torch.equal(logits.to(dtype).double(), logits)
+    return logits.to(dtype), 2.5 * step
 
 
 def assert_gradient(ours, exact, dtype, atol=0.0):

@@ -18,7 +18,7 @@ from cuda_on_cpu import (
     SequenceObjectiveArgs,
     objective_params,
 )
-from oracle import assert_gradient, grpo_loss64, log_probs64, token_loss64
+from oracle import FAR, assert_gradient, far_logits, grpo_loss64, log_probs64, token_loss64
 
 from regrpo_kernels._library import pointer
 from regrpo_kernels.grpo_rows import STATS
@@ -383,7 +383,8 @@ def test_token_log_probs(device, dtype, tokens, vocab):
     labels = torch.randint(0, vocab, (tokens,))
     exact = logits.view.double().requires_grad_()
     expected = log_probs64(exact, labels, temperature=0.7)
-    out = device.token_log_probs(logits.view, labels, temperature=0.7)
+    row_sums = torch.full((2, tokens), torch.nan)
+    out = device.token_log_probs(logits.view, labels, temperature=0.7, row_sums=row_sums)
     for ours, theirs in zip(out, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs.detach(), rtol=3e-7, atol=3e-6)
     without = device.token_log_probs(logits.view, labels, temperature=0.7, entropy=False)
@@ -397,11 +398,17 @@ def test_token_log_probs(device, dtype, tokens, vocab):
         logits,
     ):
         device.token_log_probs_backward(
-            logits.view, labels, dlogits.view, out[1], dlog_probs, out[2], dentropy, temperature=0.7
+            logits.view,
+            labels,
+            dlogits.view,
+            row_sums,
+            dlog_probs,
+            out[2],
+            dentropy,
+            temperature=0.7,
         )
         dlogits.assert_untouched()
-        # p comes from the stored lse, half a step of which (about 1e-6) is relative in p
-        assert_gradient(dlogits.view, exact.grad, dtype, atol=5e-6)
+        assert_gradient(dlogits.view, exact.grad, dtype)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -413,16 +420,48 @@ def test_token_log_probs_gradient_without_entropy(device, dtype, softcap):
     exact = logits.double().requires_grad_()
     kept = [0, 2]
     expected = log_probs64(exact[kept], labels[kept], softcap=softcap)
-    log_probs, lse, _ = device.token_log_probs(logits, labels, softcap=softcap)
+    row_sums = torch.full((2, 3), torch.nan)
+    log_probs, lse, _ = device.token_log_probs(logits, labels, softcap=softcap, row_sums=row_sums)
     torch.testing.assert_close(log_probs[kept].double(), expected[0].detach(), rtol=1e-6, atol=5e-6)
     assert log_probs[1] == lse[1] == 0
     dlog_probs = torch.tensor([1.0, torch.nan, -2.0])
     (expected[0] * dlog_probs[kept]).sum().backward()
     dlogits = Guarded(torch.full_like(logits, torch.nan))
-    device.token_log_probs_backward(logits, labels, dlogits.view, lse, dlog_probs, softcap=softcap)
+    device.token_log_probs_backward(
+        logits, labels, dlogits.view, row_sums, dlog_probs, softcap=softcap
+    )
     dlogits.assert_untouched()
     assert (dlogits.view[1] == 0).all()
-    assert_gradient(dlogits.view[kept], exact.grad[kept], dtype, atol=5e-6)
+    assert_gradient(dlogits.view[kept], exact.grad[kept], dtype)
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("spread", [False, True], ids=["one-hot", "spread"])
+@pytest.mark.parametrize("offset", FAR)
+def test_token_log_probs_gradient_far_from_zero(device, offset, spread, entropy):
+    """Probabilities must not come from a rounded lse."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, temperature = far_logits((4, 4099), offset, dtype)
+        temperature = temperature if spread else 1.0
+        labels = torch.randint(0, 4099, (4,))
+        labels[:2] = logits[:2].argmax(-1)
+        row_sums, upstream = torch.full((2, 4), torch.nan), torch.randn(2, 4)
+        rows = device.token_log_probs(logits, labels, temperature, row_sums=row_sums)
+        dlogits = Guarded(torch.full_like(logits, torch.nan))
+        device.token_log_probs_backward(
+            logits,
+            labels,
+            dlogits.view,
+            row_sums,
+            upstream[0],
+            *([rows[2], upstream[1]] if entropy else []),
+            temperature=temperature,
+        )
+        exact = logits.double().requires_grad_()
+        log_probs, _, exact_entropy = log_probs64(exact, labels, temperature)
+        total = (log_probs * upstream[0]).sum() + entropy * (exact_entropy * upstream[1]).sum()
+        total.backward()
+        assert_gradient(dlogits.view, exact.grad, dtype)
 
 
 RULE = AdvantageRule(baseline=0, scale=1, ddof=1, eps=1e-4, min_std=0.0, clip=float("inf"))

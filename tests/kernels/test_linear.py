@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import grpo_loss64, log_probs64
+from oracle import FAR, assert_gradient, far_logits, grpo_loss64, log_probs64
 from torch.library import opcheck
 
 from regrpo_kernels import (
@@ -142,6 +142,36 @@ def test_log_probs_and_gradients(implementation, dtype, tokens, vocab, return_en
     assert_near(out.lse[kept.to(labels.device)].detach(), lse.detach(), dtype, scale)
     for name, gradient in gradients(layer).items():
         assert_near(gradient, wide[name].grad, dtype, scale)
+
+
+@pytest.mark.parametrize("offset", FAR)
+def test_log_prob_gradients_far_from_zero(implementation, offset):
+    """Probabilities must not come from a rounded lse. The logits are one row of the head each, so
+    no matmul rounds them.
+    """
+    impl, device, _ = implementation
+    tokens, vocab = 9, 63
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, temperature = far_logits((tokens, vocab), offset, dtype)
+        layer = {"hidden": torch.eye(tokens), "weight": logits.T}
+        layer = {k: v.to(device, dtype).requires_grad_() for k, v in layer.items()}
+        labels = torch.randint(0, vocab, (tokens,))
+        out = linear_token_log_probs(
+            **layer,
+            labels=labels.to(device),
+            temperature=temperature,
+            return_entropy=True,
+            impl=impl,
+        )
+        weights = torch.randn(2, tokens)
+        moved = weights.to(device)
+        ((out.log_probs * moved[0]).sum() + (out.entropy * moved[1]).sum()).backward()
+        exact = logits.double().requires_grad_()
+        log_probs, _, entropy = log_probs64(exact, labels, temperature)
+        ((log_probs * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
+        # autograd of the reference keeps log-probs in fp32
+        atol = 1e-3 / temperature if impl == "reference" else 0.0
+        assert_gradient(layer["weight"].grad, exact.grad.T, dtype, atol)
 
 
 def test_padded_equals_packed():

@@ -27,7 +27,7 @@ def rows(requires_grad):
 @pytest.mark.parametrize("return_entropy", [False, True])
 def test_opcheck_token_log_probs(impl, return_entropy):
     opcheck(OPS.token_log_probs.default, (*rows(True), 1.0, 0.0, return_entropy, impl))
-    extra = [torch.rand(T) + 5, torch.rand(T), torch.randn(T), torch.randn(T)]
+    extra = [torch.rand(2, T) + 5, torch.rand(T), torch.randn(T), torch.randn(T)]
     opcheck(OPS.token_log_probs_backward.default, (*rows(False), *extra, 1.0, 0.0, impl))
 
 

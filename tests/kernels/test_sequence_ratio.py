@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import assert_gradient, grpo_loss64
+from oracle import FAR, assert_gradient, far_logits, grpo_loss64, log_probs64
 from test_grpo_loss import make_batch, run, token_mean
 
 from regrpo_kernels import Objective, grpo_loss, linear_grpo_loss, linear_head
@@ -76,6 +76,25 @@ def test_cap_entropy_bonus_and_softcap(implementation, options, inplace):
     objective = Objective(ratio_level="sequence", **options)
     out = run(implementation, **batch, objective=objective, inplace=inplace)
     check(*out, batch, torch.float32, 2e-7 if "softcap" in options else 0.0, **options)
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["one-hot", "spread"])
+@pytest.mark.parametrize("offset", FAR)
+def test_far_from_zero(implementation, offset, spread, inplace):
+    """Probabilities must not come from a rounded lse."""
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = packed_batch(507, dtype)
+        batch["logits"], temperature = far_logits(batch["logits"].shape, offset, dtype)
+        batch["labels"] = batch["logits"].argmax(-1)
+        options = {"temperature": temperature if spread else 1.0, "entropy_coef": 0.1, "beta": 0.1}
+        log_probs = log_probs64(batch["logits"], batch["labels"], options["temperature"])[0].float()
+        batch["old_log_probs"] = log_probs + 0.05 * torch.randn(len(SEQUENCES))
+        batch["ref_log_probs"] = log_probs + 0.3 * torch.randn(len(SEQUENCES))
+        objective = Objective(ratio_level="sequence", **options)
+        _, gradient = run(implementation, **batch, objective=objective, inplace=inplace)
+        # autograd of the reference keeps log-probs in fp32
+        atol = 1e-3 / temperature if implementation.impl == "reference" and spread else 0.0
+        assert_gradient(gradient, expect(batch, **options)[1], dtype, atol)
 
 
 def test_packed_equals_padded(implementation):
