@@ -198,12 +198,13 @@ for partials, delay in kills:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_checkpoints_are_written(base, tmp_path):
-    steps, out = 100, tmp_path / "out"  # more than the kills leave time for
+    steps, out = 40, tmp_path / "out"  # more than the kills leave time for
     config = sft_config(base, out, steps=steps, save_every=1, batch_tokens=400, max_length=400)
     # The n-th checkpoint seen being written, and so many seconds into that.
     rng = random.Random(0)
-    kills = [(1 + n % 2, max(0, rng.random() - 0.5) * 0.008) for n in range(6)]
+    kills = [(1 + n % 2, max(0, rng.random() - 0.5) * 0.008) for n in range(5)]
     arguments = [sys.executable, "-c", FORKS, json.dumps([asdict(config), kills])]
     seen = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
     assert len(seen) == len(kills)
