@@ -171,6 +171,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(base, tmp_path):
 FORKS = """
 import json, os, signal, sys, time
 import torch
+import transformers.models.qwen2.modeling_qwen2  # here, and not in every child
 from pathlib import Path
 torch.set_num_threads(1)
 from regrpo.config import LoraSettings, OptimConfig, SFTConfig, SourceConfig
@@ -191,6 +192,7 @@ for partials, delay in kills:
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
         now = any(checkpoints.glob(".*.partial"))
         seen, before = seen + (now and not before), now
+        time.sleep(0.0002)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
