@@ -92,7 +92,8 @@ def _invert(sums: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torc
     sum before it."""
     # Rounding may leave the value at the last sum, which nothing passes.
     value = value.minimum(sums[:, -1:].nextafter(sums.new_zeros(())))
-    index = torch.searchsorted(sums, value, right=True)
+    # NaN passes nothing either; what is drawn then does not matter, the update will say so.
+    index = torch.searchsorted(sums, value, right=True).clamp(max=sums.shape[1] - 1)
     before = F.pad(sums, (1, 0)).gather(1, index)
     return index, value - before
 

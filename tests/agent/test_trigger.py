@@ -269,7 +269,7 @@ def test_training_knows_what_came_before(base, environment, tmp_path, monkeypatc
         assert kwargs["trigger"] == ON
         return run(policy, environment, starts, **kwargs)
 
-    monkeypatch.setattr("regrpo.rl.run", spy)
+    monkeypatch.setattr("regrpo.collect.run", spy)
     config = rl_config(
         base, tmp_path, steps=2, states=4, forced_share=0.2, trigger=ON, max_new_tokens=8
     )
