@@ -84,7 +84,7 @@ def draw(scores: torch.Tensor, generator: torch.Generator | None = None) -> torc
     block, rest = _invert(sums, uniform * sums[:, -1:])
     inside = blocks[torch.arange(rows, device=scores.device), block[:, 0]].double().cumsum(-1)
     index, _ = _invert(inside, rest)
-    return (block * BLOCK + index)[:, 0]
+    return (block * BLOCK + index)[:, 0].clamp(max=size - 1)
 
 
 def _invert(sums: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
