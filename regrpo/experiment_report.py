@@ -204,7 +204,7 @@ def _agents(results: Results) -> plt.Figure:
 
 
 def _hops(results: Results) -> plt.Figure:
-    figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, panel = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
     hops = hops_of(results)
     for index, agent in enumerate(results.reports):
         found = [results.interval(agent, at_hops(h)) for h in hops]
@@ -213,13 +213,14 @@ def _hops(results: Results) -> plt.Figure:
             [i.mean for i in found],
             [i.half for i in found],
             capsize=2,
+            elinewidth=0.6,
             label=AGENTS[agent].title,
         )
     panel.set_xlabel("hops of the repair (0: none needed)")
     panel.set_ylabel("success on serial tasks %")
     panel.set_ylim(0, 105)
     panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -227,15 +228,17 @@ def _curves(results: Results) -> plt.Figure:
     shown = {"success": "success of trajectories", "reflection/tokens": "reflection tokens"}
     figure, axes = plt.subplots(1, len(shown), figsize=(12, 4.2), layout="constrained")
     for panel, (metric, title) in zip(axes, shown.items(), strict=True):
-        for agent, files in results.metrics.items():
-            if AGENTS[agent].start is None or (metric != "success" and not AGENTS[agent].reflect):
+        for index, (agent, files) in enumerate(results.metrics.items()):
+            told = AGENTS[agent]
+            sampled = told.start is not None and told.train.get("mode") != "offline"
+            if not sampled or (metric != "success" and not told.reflect):
                 continue
             columns = [read_metrics(path)[metric] for path in files]
             means = [statistics.fmean(values) for values in zip(*columns, strict=True)]
             smooth = [
                 statistics.fmean(means[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(means))
             ]
-            panel.plot(smooth, label=AGENTS[agent].title)
+            panel.plot(smooth, color=f"C{index}", label=told.title)
         panel.set_title(f"{title}, mean over seeds")
         panel.set_xlabel("update")
         panel.grid(alpha=0.3)
