@@ -3,8 +3,9 @@
 Plain strings of symbols come back whole. Pair lists ``a S b T c S d T ...`` come back along their
 edges, ``a S b S ...``, in any order; ``S`` and ``T`` are any two other tokens. A symbol is the end
 of one pair and the start of another, so looking up what followed it takes telling the separators
-apart. Symbols are what tasks copy: names, numbers and file extensions. No task text, no tool and no
-format is taught.
+apart. Rows of tables ``a S x T y T U b S x T z T U ...`` come back by their names; rows share
+values, so a value alone does not tell what follows it. Symbols are what tasks copy: names, numbers
+and file extensions. No task text, no tool and no format is taught.
 """
 
 import itertools
@@ -42,8 +43,11 @@ class Copying:
         self.separators = sorted(set(vocabulary.values()) - set(self.symbols))
 
     def sequence(self, rng: random.Random) -> TokenizedTrajectory:
-        """One sequence: a pair list three times in five, else a plain string."""
-        return self._pairs(rng) if rng.random() < 0.6 else self._plain(rng)
+        """One sequence: a pair list half of the time, else a plain string or a table."""
+        kind = rng.random()
+        if kind < 0.5:
+            return self._pairs(rng)
+        return self._plain(rng) if kind < 0.75 else self._table(rng)
 
     def _plain(self, rng: random.Random) -> TokenizedTrajectory:
         string = rng.sample(self.symbols, rng.randint(3, 16))
@@ -74,5 +78,22 @@ class Copying:
                 trajectory.extend([symbol], Segment.ACTION)
                 if symbol not in follows or rng.random() < 0.4:
                     break
+            trajectory.extend([between], Segment.CONTEXT)
+        return trajectory
+
+    def _table(self, rng: random.Random) -> TokenizedTrajectory:
+        names = rng.sample(self.symbols, rng.randint(3, 5))
+        opening, inside, between = rng.sample(self.separators, 3)
+        width = rng.randint(2, 4)
+        values = rng.sample(self.symbols, 4)
+        rows = {name: rng.choices(values, k=width) for name in names}
+        trajectory = TokenizedTrajectory()
+        while len(trajectory) < LENGTH:
+            shown = bool(names)
+            name = names.pop() if shown else rng.choice(list(rows))
+            trajectory.extend([name, opening], Segment.CONTEXT)
+            for value in rows[name]:
+                trajectory.extend([value], Segment.CONTEXT if shown else Segment.ACTION)
+                trajectory.extend([inside], Segment.CONTEXT)
             trajectory.extend([between], Segment.CONTEXT)
         return trajectory

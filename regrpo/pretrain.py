@@ -16,7 +16,7 @@ from regrpo.packing import collate
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.sft import NLL
 from regrpo.small_model import build_model, build_tokenizer, render_template
-from regrpo.tasks import generate_tasks
+from regrpo.tasks import MAX_HOPS, generate_tasks
 from regrpo.trainer import Run
 
 SEQUENCES = 28
@@ -24,7 +24,7 @@ SEQUENCES = 28
 
 def task_tokenizer(config: PretrainConfig, environment: Environment) -> Qwen2Tokenizer:
     """The tokenizer, from executed demonstrations of generated tasks."""
-    tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, 6)))
+    tasks = list(generate_tasks(config.tokenizer_tasks, seed=config.seed, hops=(1, MAX_HOPS)))
     corpus = build(environment, tasks, seed=config.seed, long_share=0.5)
     texts = [render_template(r["conversations"]) for r in [*corpus.success, *corpus.rot]]
     return build_tokenizer(texts, [*WORDS, REFLECTION_OPENER, "Thought:"])

@@ -1,7 +1,7 @@
 """The small agents that are compared: one base model, one set of tasks, equal budgets.
 
 Supervised data has repairs of up to three hops and rarely a longer one; reinforcement learning and
-evaluation go to six, which is what it has to improve. Three in four reflections are long-winded,
+evaluation go to seven, which is what it has to improve. Three in four reflections are long-winded,
 as freely written ones are, so that a cost on reflection has something to save. All depends on
 the configuration and its seed, nothing on the machine or on what runs beside it.
 """
@@ -31,9 +31,9 @@ from regrpo.rl import run_rl
 from regrpo.sft import run_sft
 from regrpo.tasks import SERIAL_FAMILIES
 
-WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 6), (1, 6)
+WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 7), (1, 7)
 # Serial repairs by themselves, and inside longer tasks.
-RL_FAMILIES = (*SERIAL_FAMILIES * 2, "label", "lookup", "sum", "sum")
+RL_FAMILIES = (*SERIAL_FAMILIES * 2, "layout", "label", "label", "lookup", "sum", "sum")
 # Reflections have 10 to 40 tokens of the small tokenizer: the longest cost half a success.
 COST = RewardConfig(tokens_per_cost=8.0)
 OFFICIAL_CANDIDATES = (
@@ -143,7 +143,7 @@ def _rl(config: DemoConfig, name: str, start: str) -> Job:
         "states": 40,
         "group_size": 8,
         "forced_share": 0.6,
-        "max_new_tokens": 72,
+        "max_new_tokens": 80,
         "beta": 0.005,
         "optim": OptimConfig(lr=6e-4),
         "steps": config.rl_steps,
@@ -164,6 +164,7 @@ def training_jobs(config: DemoConfig, names: Iterable[str]) -> dict[str, Job]:
         _folder(config, "data"),
         count=config.data_tasks,
         tasks=TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS, tail=0.06),
+        near_miss_share=1.0,
         long_share=0.75,
     )
     jobs = {

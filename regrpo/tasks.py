@@ -30,7 +30,7 @@ from regrpo.tools.glyphs import draw_page, read_page
 from regrpo.workspace import LinkFile, PageFile, SqliteFile, TextFile, WorkspaceFile
 
 NUM_CHAINS = 3
-MAX_HOPS = 6
+MAX_HOPS = 7
 EXTENSIONS = ("csv", "ini", "json", "log", "md", "txt")
 TABLE, STORE, PAGE = "goods", "store.db", "page.png"
 
@@ -173,7 +173,7 @@ def _field(scene: _Scene, content: Callable[[], str]) -> tuple[str, str, Step, s
     """A field on a page whose box may be stale: (name, box as text, step, content)."""
     rows = scene.rng.sample(range(6), 4)
     lines = tuple(
-        (10 * scene.rng.randint(0, 6), 8 + 16 * row, f"{scene.name()} {content()}") for row in rows
+        (scene.rng.randint(0, 60), 8 + 16 * row, f"{scene.name()} {content()}") for row in rows
     )
     size = (200, 112)
     scene.files.append(PageFile(PAGE, size, lines))

@@ -26,7 +26,7 @@ class EvalConfig:
     model: str
     out: str | None = None
     count: int = 480
-    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 6)))
+    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 7)))
     reflect: bool = True
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
     temperature: float = 0.0
@@ -98,10 +98,10 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seed: int = 0
-    pretrain_steps: int = 400
+    pretrain_steps: int = 500
     data_tasks: int = 8000
-    sft_steps: int = 500
-    rl_steps: int = 60
+    sft_steps: int = 600
+    rl_steps: int = 100
     eval_tasks: int = 320
 
     def __post_init__(self) -> None:

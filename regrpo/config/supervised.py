@@ -30,7 +30,7 @@ class PretrainConfig:
     num_layers: int = 2
     num_heads: int = 3
     tokenizer_tasks: int = 640
-    steps: int = 400
+    steps: int = 500
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=20))
     save_every: int = 250
     keep_checkpoints: int = 2

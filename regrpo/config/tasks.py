@@ -12,7 +12,7 @@ class TaskConfig:
     Args:
         seed: tasks of different seeds are different.
         hops: least and most hops of a serial repair.
-        tail: probability that a repair takes a further hop, again and again, up to six.
+        tail: probability that a repair takes a further hop, again and again, up to seven.
         trap_share: how often the call that the wording suggests fails.
         families: task families.
     """

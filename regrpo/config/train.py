@@ -78,7 +78,7 @@ class TrainConfig:
     model: str
     out: str
     mode: str = "local"
-    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(2, 6)))
+    tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1, hops=(2, 7)))
     reflect: bool = True
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
     steps: int = 100

@@ -134,7 +134,7 @@ def test_wrong_values_name_their_key(tmp_path, capsys):
     train = ("train", "--model", "m", "--out", tmp_path / "o")
     assert "steps" in fails(capsys, *train, "--steps", "many")
     assert "steps: got 0; expected 1 or more" in fails(capsys, *train, "--steps", 0)
-    assert "expected 1 <= least <= most <= 6" in fails(capsys, *train, "--tasks.hops", "[3, 1]")
+    assert "expected 1 <= least <= most <= 7" in fails(capsys, *train, "--tasks.hops", "[3, 1]")
     assert "out" in fails(capsys, "data", "build")
     assert not (tmp_path / "o").exists()
 
