@@ -31,11 +31,11 @@ from regrpo.rl import run_rl
 from regrpo.sft import run_sft
 from regrpo.tasks import SERIAL_FAMILIES
 
-WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (2, 7), (1, 7)
+WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (3, 7), (1, 7)
 # Serial repairs by themselves, and inside longer tasks.
 RL_FAMILIES = (*SERIAL_FAMILIES * 2, "layout", "label", "label", "lookup", "sum", "sum")
 # Reflections have 10 to 40 tokens of the small tokenizer: the longest cost half a success.
-COST = RewardConfig(tokens_per_cost=8.0)
+COST = RewardConfig(tokens_per_cost=5.0)
 OFFICIAL_CANDIDATES = (
     "one_shot",
     "plain_retry",
@@ -135,14 +135,14 @@ def _sft(config: DemoConfig, name: str) -> Job:
 def _rl(config: DemoConfig, name: str, start: str) -> Job:
     agent = AGENTS[name]
     tasks = TaskConfig(
-        seed=10 * config.seed + 2, hops=RL_HOPS, trap_share=0.85, families=RL_FAMILIES
+        seed=10 * config.seed + 2, hops=RL_HOPS, trap_share=0.95, families=RL_FAMILIES
     )
     settings: dict[str, Any] = {
         "tasks": tasks,
         "reflect": agent.reflect,
         "states": 40,
         "group_size": 8,
-        "forced_share": 0.6,
+        "forced_share": 0.4,
         "max_new_tokens": 80,
         "beta": 0.005,
         "optim": OptimConfig(lr=6e-4),
@@ -163,7 +163,7 @@ def training_jobs(config: DemoConfig, names: Iterable[str]) -> dict[str, Job]:
     data = DataConfig(
         _folder(config, "data"),
         count=config.data_tasks,
-        tasks=TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS, tail=0.06),
+        tasks=TaskConfig(seed=10 * config.seed + 1, hops=WARM_HOPS, tail=0.12),
         near_miss_share=1.0,
         long_share=0.75,
     )

@@ -100,8 +100,8 @@ class DemoConfig:
     seed: int = 0
     pretrain_steps: int = 500
     data_tasks: int = 8000
-    sft_steps: int = 600
-    rl_steps: int = 100
+    sft_steps: int = 500
+    rl_steps: int = 80
     eval_tasks: int = 320
 
     def __post_init__(self) -> None:
