@@ -233,7 +233,7 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         log = TrajectoryLog(training, config.log_trajectories_every, config.log_groups)
         while training.step < config.steps:
             began = time.perf_counter()
-            policy.generator.manual_seed(1_000_003 * config.seed + training.step)
+            policy.reseed(1_000_003 * config.seed + training.step)
             trajectories, groups, collected = collect(training, policy, environment, config)
             metrics = update(training, learner, trajectories, groups, log) | collected
             metrics["time/step_s"] = time.perf_counter() - began
