@@ -11,6 +11,7 @@ from typing import Protocol
 
 from regrpo.config import TriggerConfig
 from regrpo.environment import Environment
+from regrpo.modeling import CausalLM
 from regrpo.prompts import REFLECTION_OPENER, observation_turn, opening
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat, TokenizedTrajectory
@@ -44,6 +45,16 @@ class Policy(Protocol):
 
     def session(self) -> Session:
         """For trajectories that begin now."""
+        ...
+
+
+class LearningPolicy(Policy, Protocol):
+    """The policy of a model that is trained between rollouts."""
+
+    model: CausalLM
+
+    def renew(self, seed: int) -> None:
+        """What is sampled from here on is that of the model now, and a function of the seed."""
         ...
 
 

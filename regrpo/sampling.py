@@ -62,10 +62,10 @@ class LocalPolicy:
         self.max_length = max_length
         self.cache_gib = cache_gib
         self.generator = torch.Generator(base_model(model).device)
-        self.reseed(seed)
+        self.renew(seed)
 
-    def reseed(self, seed: int) -> None:
-        """What is sampled from here on is a function of the seed and the model."""
+    def renew(self, seed: int) -> None:
+        """See `regrpo.rollout.LearningPolicy`."""
         self.generator.manual_seed(seed)
 
     def session(self) -> "LocalSession":

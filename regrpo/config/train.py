@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from regrpo.config.checks import require
 from regrpo.config.options import OptionsConfig
 from regrpo.config.rewards import RewardConfig
+from regrpo.config.rollout import RolloutConfig
 from regrpo.config.run import LoraSettings, OptimConfig, check_logging
 from regrpo.config.tasks import TaskConfig
 from regrpo.config.trigger import TriggerConfig
@@ -52,6 +53,7 @@ class TrainConfig:
             group share counted once; an update adds the passes up.
         temperature: of sampling and of the loss.
         max_new_tokens: limit of one turn.
+        rollout: where trajectories are sampled.
         policy: objective of a token: "clip", "cispo" or "sapo" by ratios to the policy that
             sampled, or "reinforce", -A log pi, as the official release; the only one offline, where
             there is nothing to take a ratio to.
@@ -94,6 +96,7 @@ class TrainConfig:
     batch_tokens: int = 16384
     temperature: float = 1.0
     max_new_tokens: int = 96
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: str = "clip"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
@@ -180,6 +183,7 @@ class TrainConfig:
             require(self.group_size == len(names), "group_size", self.group_size, needed)
             for name, value, off in (
                 ("zero_variance", self.zero_variance == "resample", "keep or skip"),
+                ("rollout.backend", self.rollout.backend != "local", "local"),
                 ("trigger.confidence_margin", self.trigger.confidence_margin, "null"),
                 ("options.replay", self.options.replay, "0"),
                 ("options.refinements", self.options.refinements, "0"),

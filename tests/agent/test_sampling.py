@@ -186,5 +186,5 @@ def test_local_policy(model, tokenizer):
     first = generate()
     assert all(len(r.ids) <= 5 for r in first)
     assert generate() != first  # the generator went on
-    policy.reseed(1)
+    policy.renew(1)
     assert generate() == first
