@@ -5,6 +5,7 @@ keys and values from one turn to the next, so of a later turn only what is new i
 observation, and what the trigger writes.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.cached_rows import CachedRows
-from regrpo.decoding import Continuations, decodes
-from regrpo.modeling import CausalLM, base_model
+from regrpo.decoding import DECODE, Continuations, decodes
+from regrpo.modeling import CausalLM, attention, base_model
 from regrpo.segments import ChatFormat
 from regrpo_kernels import token_log_probs
 
@@ -174,9 +175,11 @@ class LocalSession:
             else:
                 batch.rows = CachedRows(self._model, prompts, self._pad_id)
             batch.places = {number: i for i, number in enumerate(batch.numbers)}
-        samples = decode(
-            batch.rows, len(prompts), self._stop_ids, self._temperature, limit, self._generator
-        )
+        ours = isinstance(batch.rows, Continuations)
+        with attention(self._model, DECODE) if ours else contextlib.nullcontext():
+            samples = decode(
+                batch.rows, len(prompts), self._stop_ids, self._temperature, limit, self._generator
+            )
         batch.tokens = {
             number: prompt + sample.ids
             for number, prompt, sample in zip(batch.numbers, prompts, samples, strict=True)
