@@ -47,7 +47,7 @@ from regrpo.progress import live_line
 from regrpo.rollout import LearningPolicy, Trajectory
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import TokenizedTrajectory
-from regrpo.server_policy import ServerPolicy
+from regrpo.served_adapter import ServedLearner
 from regrpo.sft import NLL
 from regrpo.trainer import Run, mean
 from regrpo.trajectory_log import TrajectoryLog
@@ -223,7 +223,7 @@ def learning_policy(
     """Where the configuration samples: in this process, or on a server."""
     rollout, limit = config.rollout, config.max_new_tokens
     if rollout.backend == "server":
-        return ServerPolicy(
+        return ServedLearner(
             rollout,
             model,
             tokenizer,

@@ -11,68 +11,54 @@ import hashlib
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.config import RolloutConfig
 from regrpo.endpoint import Broken, Endpoint, read_key
 from regrpo.errors import RunError
-from regrpo.modeling import CausalLM, head
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat
-from regrpo.served_adapter import ServedAdapter
 
-AGAIN = "; see to the server and give the same command: the run goes on from its last checkpoint"
 T = TypeVar("T")
 
 
 class ServerPolicy:
-    """Samples from a served adapter; see `regrpo.rollout.Policy`.
+    """Samples from what a server serves as ``config.model``; see `regrpo.rollout.Policy`.
 
     Args:
-        model: the learner's, an adapter on the model that is served.
-        out: folder of the run.
         temperature: 0 is greedy; log-probs are then those of temperature 1.
         max_new_tokens: limit of one turn.
+        vocab: ids of the model, which are below it; None does not check.
 
     Raises:
-        RunError: the model is no adapter; there is no key; or the server is not there, or does not
-            serve ``config.model``.
+        RunError: there is no key; or the server is not there, or does not serve ``config.model``.
     """
+
+    what_next = "; see to the server and give the same command again"
 
     def __init__(
         self,
         config: RolloutConfig,
-        model: CausalLM,
         tokenizer: PreTrainedTokenizerBase,
-        out: str | Path,
         *,
         temperature: float = 1.0,
         max_new_tokens: int = 128,
         seed: int = 0,
+        vocab: int | None = None,
     ):
-        if not isinstance(model, PeftModel):
-            raise RunError(
-                "rollout.backend is server and lora.rank is 0: an OpenAI-compatible server can "
-                "take a new adapter, not new weights; expected lora.rank above 0, or "
-                "rollout.backend=local"
-            )
         assert config.base_url is not None
         self.chat = ChatFormat(tokenizer)
-        self.model: CausalLM = model
         self.config = config
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
-        self._vocab = len(head(model)[0])
+        self.served_name = config.model
+        self._vocab = vocab
         self._url = config.base_url.rstrip("/")
         key = read_key("rollout.api_key_env", config.api_key_env)
         self._endpoint = Endpoint(f"rollout server {self._url}", key, config)
-        folder = Path(out) / "adapters" if config.adapter_dir is None else Path(config.adapter_dir)
-        self._adapter = ServedAdapter(self._endpoint, self._url, model, folder)
         self._seed, self._sessions = seed, 0
         self._run(self._require_served)
 
@@ -86,7 +72,7 @@ class ServerPolicy:
         try:
             return asyncio.run(whole())
         except RunError as error:
-            raise RunError(f"{error}{AGAIN}") from error
+            raise RunError(f"{error}{self.what_next}") from error
 
     async def _served(self, client: httpx.AsyncClient) -> list[str]:
         """Names of the models and adapters that the server has."""
@@ -110,17 +96,8 @@ class ServerPolicy:
                 f"rollout.model is {self.config.model!r}; the server has {', '.join(names)}"
             )
 
-    def renew(self, seed: int) -> None:
-        """What is sampled from here on is that of the learner now, and of the seed."""
-        self._seed, self._sessions = seed, 0
-
-        async def load(client: httpx.AsyncClient) -> None:
-            await self._adapter.load(client, await self._served(client))
-
-        self._run(load)
-
     def session(self) -> "ServerSession":
-        """For trajectories that begin now; ``renew`` comes first."""
+        """For trajectories that begin now."""
         self._sessions += 1
         return ServerSession(self, f"{self._seed}-{self._sessions}")
 
@@ -161,11 +138,9 @@ class ServerPolicy:
         self, client: httpx.AsyncClient, prompt: tuple[int, ...], count: int, seed: str
     ) -> list[Sample]:
         """Samples behind one prompt, in one request."""
-        if self._adapter.name is None:
-            raise RuntimeError("renew comes before the first session")
         greedy = self.temperature == 0  # samples are then all the same
         fields = {
-            "model": self._adapter.name,
+            "model": self.served_name,
             "prompt": list(prompt),
             "n": 1 if greedy else count,
             "max_tokens": self.max_new_tokens,
@@ -225,7 +200,7 @@ class ServerPolicy:
         told = choice.get("prompt_token_ids")
         if told is not None and tuple(told) != prompt:
             raise self._endpoint.stop("the server changed the prompt's token ids")
-        if not 0 <= min(ids) <= max(ids) < self._vocab:
+        if self._vocab is not None and not 0 <= min(ids) <= max(ids) < self._vocab:
             raise self._endpoint.stop(
                 f"token id {max(ids)}; the model's vocabulary has {self._vocab}: the server serves "
                 "another model"

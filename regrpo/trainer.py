@@ -26,7 +26,11 @@ METRICS = "metrics.jsonl"
 LOGS = (METRICS, "trajectories.jsonl")
 # Where a run is and what it tells: may change from one start to the next, and it is the same run.
 UNCLAIMED = ("out", "keep_checkpoints", "log_to", "log_trajectories_every", "log_groups")
-CLAIMED_OF_ROLLOUT = ("backend", "model")  # where the server is and how it is waited for is not
+CLAIMED_OF_ROLLOUT = (
+    "backend",
+    "model",
+    "processed_log_probs",
+)  # where the server is and how it is waited for is not
 
 
 def build_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:

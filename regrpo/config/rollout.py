@@ -18,6 +18,8 @@ class RolloutConfig:
         model: the server's name of the base model.
         api_key_env: environment variable that holds the server's key; null sends none. The key
             itself is neither stored nor printed.
+        processed_log_probs: the server's log-probs are those behind the temperature (vLLM:
+            --logprobs-mode processed_logprobs); needed where the temperature of training is not 1.
         adapter_dir: folder where adapters are written for the server, which must see it under the
             same path; null is OUT/adapters.
         concurrency: requests under way at a time.
@@ -32,6 +34,7 @@ class RolloutConfig:
     base_url: str | None = None
     model: str | None = None
     api_key_env: str | None = None
+    processed_log_probs: bool = False
     adapter_dir: str | None = None
     concurrency: int = 64
     timeout_s: float = 600.0

@@ -140,6 +140,9 @@ class TrainConfig:
         )
         require(self.epochs > 0, "epochs", self.epochs, "1 or more")
         require(self.temperature > 0, "temperature", self.temperature, "a positive number")
+        fits = self.rollout.backend == "local" or self.rollout.processed_log_probs
+        needed = "1 with rollout.backend=server, or rollout.processed_log_probs"
+        require(self.temperature == 1 or fits, "temperature", self.temperature, needed)
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
         require(self.beta >= 0, "beta", self.beta, "0 or more")
         require(self.save_every > 0, "save_every", self.save_every, "1 or more")

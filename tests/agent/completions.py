@@ -28,6 +28,7 @@ class CompletionsServer(Endpoint):
         self.calls = []
         self.edit = lambda body: body
         self.runtime_loading = True
+        self.processed_log_probs = False
         self._computing = threading.Lock()
         super().__init__()
         self.default = self._respond
@@ -82,6 +83,8 @@ class CompletionsServer(Endpoint):
                 probs = (logits / body["temperature"]).softmax(0)
                 token = int(torch.multinomial(probs, 1, generator=generator))
             ids.append(token)
+            if self.processed_log_probs:
+                logits = logits / (body["temperature"] or 1.0)
             values.append(float(logits.log_softmax(0)[token]))
             if token in body["stop_token_ids"]:
                 break

@@ -3,7 +3,7 @@
 import json
 import random
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from endpoint import hang, raw, status, torn
 from runs import STEPS, metrics_of, rl_config, same, state_of
 
 from regrpo.cli import main
-from regrpo.config import LoraSettings, RolloutConfig, TrainConfig
+from regrpo.config import EvalConfig, LoraSettings, RolloutConfig, TaskConfig, TrainConfig
 from regrpo.errors import RunError
+from regrpo.evaluate import run_eval
 from regrpo.losses import packed_log_probs
 from regrpo.modeling import head, hidden_states, load_model
 from regrpo.packing import collate
@@ -21,7 +22,7 @@ from regrpo.prompts import opening
 from regrpo.rl import run_rl
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import TokenizedTrajectory
-from regrpo.server_policy import ServerPolicy
+from regrpo.served_adapter import ServedLearner
 from regrpo_kernels import Segment
 
 
@@ -57,7 +58,7 @@ def move(model):
 @pytest.fixture
 def make(server, learner, tokenizer, tmp_path):
     def policy(*, temperature=1.0, limit=12, renewed=True, **fields):
-        made = ServerPolicy(
+        made = ServedLearner(
             settings(server, **fields),
             learner,
             tokenizer,
@@ -315,11 +316,13 @@ def test_values_out_of_range():
     server = RolloutConfig(backend="server", base_url="http://h/v1", model="m")
     with pytest.raises(ValueError, match=r"rollout.backend: .* local with mode offline"):
         TrainConfig(model="m", out="o", mode="offline", policy="reinforce", rollout=server)
+    with pytest.raises(ValueError, match=r"temperature: got 0.7; expected 1 with rollout.backend"):
+        TrainConfig(model="m", out="o", temperature=0.7, rollout=server)
 
 
-def config_of(base, out, server, **fields):
+def config_of(base, out, server, *, temperature=1.0, **fields):
     lora, rollout = LoraSettings(rank=2), settings(server, **fields)
-    return rl_config(base, out, lora=lora, rollout=rollout, epochs=1)
+    return rl_config(base, out, lora=lora, rollout=rollout, epochs=1, temperature=temperature)
 
 
 def test_a_run_over_the_server_learns_from_its_own_adapter(base, server, environment, tmp_path):
@@ -335,6 +338,13 @@ def test_a_run_over_the_server_learns_from_its_own_adapter(base, server, environ
     here = rl_config(base, tmp_path / "here", lora=LoraSettings(rank=2), epochs=1)
     run_rl(here, environment)
     assert {*metrics[0]} == {*metrics_of(tmp_path / "here")[0]}
+
+
+def test_at_another_temperature(base, server, environment, tmp_path):
+    server.processed_log_probs = True
+    config = config_of(base, tmp_path, server, temperature=0.7, processed_log_probs=True)
+    run_rl(replace(config, steps=1), environment)
+    assert metrics_of(tmp_path)[0]["log_probs/sampler"] < 1e-4
 
 
 def test_a_run_whose_server_dies_goes_on_from_its_checkpoint(
@@ -366,6 +376,19 @@ def test_a_run_whose_server_dies_goes_on_from_its_checkpoint(
         assert elsewhere.calls[0][0] == "/load_lora_adapter"
     assert metrics_of(out) == metrics_of(tmp_path / "whole")
     assert same(state_of(out), state_of(tmp_path / "whole"))
+
+
+def test_evaluation_by_the_server_is_that_of_the_model(base, server, environment):
+    def evaluation(**fields):
+        tasks = TaskConfig(seed=9)
+        config = EvalConfig(str(base / "model"), count=4, tasks=tasks, max_new_tokens=24, **fields)
+        return run_eval(config, environment)
+
+    assert evaluation(rollout=settings(server)) == evaluation()
+    assert all(body["model"] == "base" for _, body in server.calls)
+    server.edit = lambda answer: {}
+    with pytest.raises(RunError, match=r"see to the server and give the same command again$"):
+        evaluation(rollout=settings(server))
 
 
 def plain(config):
