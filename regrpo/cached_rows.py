@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from regrpo.modeling import CausalLM, base_model
-from regrpo.ragged import FAR, Ragged, join
+from regrpo.ragged import FAR, Ragged, join, resumed
 
 
 class CachedRows:
@@ -98,13 +98,8 @@ class CachedRows:
         self, numbers: Sequence[int], prompts: Sequence[Sequence[int]], kept: Sequence[int]
     ) -> None:
         """See `Continuations.resume`."""
-        parts = [*self._waiting, (self._numbers, self._state)]
-        every = [number for part, _ in parts for number in part]
-        index = torch.tensor([every.index(number) for number in numbers], device=self._device)
-        state = join([state for _, state in parts]).rows(index)
-        limits = [min(k, len(p) - 1) for k, p in zip(kept, prompts, strict=True)]
-        state.cut(torch.tensor(limits, device=self._device))
-        self._numbers, self._waiting = list(numbers), []
-        self._state, self._cache = join([state]), None
+        limits = {n: min(k, len(p) - 1) for n, k, p in zip(numbers, kept, prompts, strict=True)}
+        self._state = resumed([*self._waiting, (self._numbers, self._state)], limits)
+        self._numbers, self._waiting, self._cache = list(numbers), [], None
         self.lengths = (self._state.positions != FAR).sum(1)
         self._feed([list(p[n:]) for p, n in zip(prompts, self.lengths.tolist(), strict=True)])

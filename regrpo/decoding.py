@@ -25,7 +25,7 @@ from regrpo.modeling import (
     why_not_packed,
 )
 from regrpo.partial_attention import bias_of, causal_attention, partial_attention, spans
-from regrpo.ragged import FAR, Ragged, join
+from regrpo.ragged import FAR, Ragged, join, resumed
 
 DECODE = "regrpo_decode"
 ROOM = 32  # new tokens that fit before branches are copied into larger buffers
@@ -190,26 +190,25 @@ class Continuations:
             kept: how many of them are known to be those the row had before; a token of each at
                 least is fed again.
         """
-        branch = self._rows.branch.columns(self._used)
-        parts = [*self._waiting, _Rows(self._rows.numbers, self._rows.prompts, branch)]
-        whole = _Rows(
-            [number for part in parts for number in part.numbers],
-            [prompt for part in parts for prompt in part.prompts],
-            join([part.branch for part in parts]),
-        )
-        self._rows = whole.select([whole.numbers.index(number) for number in numbers])
+        parts = [*self._waiting, self._rows]
+        self._rows.branch = self._rows.branch.columns(self._used)
+        limits = {n: min(k, len(p) - 1) for n, k, p in zip(numbers, kept, prompts, strict=True)}
+        prompt_of = {
+            n: p for part in parts for n, p in zip(part.numbers, part.prompts, strict=True)
+        }
+        branch = resumed([(part.numbers, part.branch) for part in parts], limits)
+        self._rows = _Rows(list(numbers), [prompt_of[number] for number in numbers], branch)
+        self._used = branch.positions.shape[1]
         self._waiting = []
-        stored = [self._prompts, *self._resting]
-        self._prompts = _Prompts(
-            [number for part in stored for number in part.numbers],
-            _stack([part.kept for part in stored]),
-        ).select(list(dict.fromkeys(self._rows.prompts)))
-        self._resting = []
+        needed = list(dict.fromkeys(self._rows.prompts))
+        if self._resting or len(needed) < len(self._prompts.numbers):
+            stored = [self._prompts, *self._resting]
+            self._prompts = _Prompts(
+                [number for part in stored for number in part.numbers],
+                _stack([part.kept for part in stored]),
+            ).select(needed)
+            self._resting = []
         self._arrange()
-        limits = [min(k, len(p) - 1) for k, p in zip(kept, prompts, strict=True)]
-        self._rows.branch.cut(torch.tensor(limits, device=self._device))
-        self._rows.branch = join([self._rows.branch])
-        self._used = self._rows.branch.positions.shape[1]
         held = (self._rows.branch.positions != FAR).sum(1)
         self.lengths = self._sizes[torch.tensor(self._rows.prompts, device=self._device)] + held
         self._feed([list(p[n:]) for p, n in zip(prompts, self.lengths.tolist(), strict=True)])

@@ -5,7 +5,7 @@ attention: where each column's token stands is kept beside them, and empty colum
 behind every query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,3 +72,15 @@ def join(parts: Sequence[Ragged]) -> Ragged:
         ]
         layers[index] = (arranged([p[0] for p in pairs]), arranged([p[1] for p in pairs]))
     return Ragged(positions.gather(1, order), layers)
+
+
+def resumed(parts: Sequence[tuple[list[int], Ragged]], limits: Mapping[int, int]) -> Ragged:
+    """Of rows by their numbers those that ``limits`` names, in its order, each with its tokens
+    before that position."""
+    for numbers, part in parts:
+        lengths = [limits.get(number, 0) for number in numbers]
+        part.cut(torch.tensor(lengths, dtype=torch.int64, device=part.positions.device))
+    every = {number: i for i, number in enumerate(n for numbers, _ in parts for n in numbers)}
+    whole = join([part for _, part in parts])
+    index = torch.tensor([every[number] for number in limits], device=whole.positions.device)
+    return whole.rows(index)
