@@ -267,5 +267,5 @@ def test_episodes_are_the_same(base_policy, demonstrations, environment):
         policy = base_policy(cache_gib)
         done = roll(policy, environment, starts, reflect=True, whole=True)
         results.append([(t.tokens.input_ids, t.answer, t.end) for t in done])
-        assert len({len(t.turns) for t in done}) > 1
+        assert any(len(t.turns) > 1 for t in done)
     assert results[0] == results[1]
