@@ -122,6 +122,47 @@ class UpdateCase:
         return f"{self.shape} {self.dtype}"
 
 
+@dataclass(frozen=True)
+class GenerationCase:
+    """Two turns of ``group`` trajectories behind one context, an observation in between."""
+
+    context: int
+    group: int
+    vocab: int
+    dtype: str
+    turn: int = 96  # sampled tokens of each turn
+    observation: int = 64  # tokens, give or take an eighth
+
+    @property
+    def observations(self) -> list[int]:
+        eighth = self.observation // 8
+        steps = max(self.group - 1, 1)
+        return [self.observation - eighth + 2 * eighth * i // steps for i in range(self.group)]
+
+    @property
+    def shape(self) -> str:
+        return f"{self.context} x {self.group} x {self.vocab}"
+
+    @property
+    def needs(self) -> int:
+        """Bytes without which the case cannot be set up: the model."""
+        return 4 * 512 * self.vocab + (1 << 30)
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
+
+def generation_cases(device: str, grid: bool) -> list[GenerationCase]:
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    groups, vocabularies = ((5, 8, 16), (32000, 151936)) if grid else ((8,), (32000,))
+    return [
+        GenerationCase(context, group, vocab, dtype)
+        for vocab in vocabularies
+        for context in (256, 1024)
+        for group in groups
+    ]
+
+
 def update_cases(device: str, grid: bool) -> list[UpdateCase]:
     dtype = "float32" if device == "cpu" else "bfloat16"
     contexts, groups = ((256, 1024, 4096), (5, 8, 16)) if grid else ((1024,), (8,))

@@ -30,6 +30,9 @@ def pytest_addoption(parser):
     )
 
 
+Case = cases.RowCase | cases.LinearCase | cases.UpdateCase | cases.GenerationCase
+
+
 class Session:
     """Everything that a run measured or left out."""
 
@@ -43,7 +46,7 @@ class Session:
         self.records: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
 
-    def admit(self, case: cases.RowCase | cases.LinearCase | cases.UpdateCase) -> None:
+    def admit(self, case: Case) -> None:
         """Skips the test, and says why in the report, where the case cannot be measured."""
         gc.collect()  # the case before may be held by a cycle
         budget = machine.memory_budget()
@@ -104,6 +107,7 @@ def pytest_generate_tests(metafunc):
         ("row_case", cases.row_cases),
         ("linear_case", cases.linear_cases),
         ("update_case", cases.update_cases),
+        ("generation_case", cases.generation_cases),
     ):
         if name in metafunc.fixturenames:
             found = find(machine.DEVICE.type, grid)

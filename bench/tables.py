@@ -6,6 +6,7 @@ from typing import Any
 
 FORMAT = 1  # of the JSON under "regrpo"; `Session.as_json` writes it
 QUIET = 0.5  # load average, and cores used by others, above which a run is not to be trusted
+WHOLE = ("update", "generation")  # steps of the trainer, whose work is not that of one op
 NOISY = 0.25  # cores used by others during one case
 
 Record = dict[str, Any]
@@ -52,7 +53,7 @@ def render(run: dict[str, Any]) -> str:
     for record in run["records"]:
         ops.setdefault(record["op"], []).append(record)
     for op, records in ops.items():
-        text = update_table(records) if op == "update" else table(records)
+        text = whole_table(records) if op in WHOLE else table(records)
         parts.append(f"### {op}\n\n{text}")
     if run["left_out"]:
         lines = [f"- {case}: {why}" for case, why in run["left_out"].items()]
@@ -113,9 +114,9 @@ def markdown(rows: list[list[str]], left: set[int]) -> str:
     return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])]) + "\n"
 
 
-def update_table(records: list[Record]) -> str:
-    """Whole updates. Tokens are those of all trajectories; "x ours": time and extra memory over
-    those of ours.
+def whole_table(records: list[Record]) -> str:
+    """Whole updates or rollouts. Tokens are those of all trajectories, of a rollout the sampled
+    ones; "x ours": time and extra memory over those of ours.
     """
     head = [
         "context x K x vocabulary",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench import eager
-from bench.cases import UpdateCase
+from bench.cases import GenerationCase, UpdateCase
 from bench.machine import DEVICE
 from bench.measure import Call, Case, Provider
 from bench.peers import installed
@@ -41,7 +41,7 @@ class Sample:
     advantage: float
 
 
-def build_base(case: UpdateCase) -> Qwen2ForCausalLM:
+def build_base(case: UpdateCase | GenerationCase) -> Qwen2ForCausalLM:
     """A Qwen2 of 25 M parameters and its embeddings; the same weights every time."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -57,7 +57,7 @@ def build_base(case: UpdateCase) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).to(DEVICE, getattr(torch, case.dtype)).eval()
 
 
-def build_model(case: UpdateCase) -> Any:
+def build_model(case: UpdateCase | GenerationCase) -> Any:
     """The base with the adapter of the official release, as after some training."""
     lora = LoraConfig(
         r=8,

@@ -17,14 +17,13 @@ from regrpo.options.refinements import join_refinements
 from regrpo.options.replay import join_replays
 from regrpo.options.resampling import Group, resample
 from regrpo.own_states import own_states
-from regrpo.rollout import Trajectory, run, task_start
-from regrpo.sampling import LocalPolicy
+from regrpo.rollout import LearningPolicy, Policy, Trajectory, run, task_start
 from regrpo.trainer import Run, mean
 from regrpo.trajectory import Start
 
 
 def collect(
-    training: Run, policy: LocalPolicy, environment: Environment, config: TrainConfig
+    training: Run, policy: LearningPolicy, environment: Environment, config: TrainConfig
 ) -> tuple[list[Trajectory], list[int], dict[str, float]]:
     """The trajectories of an update, the ids of their groups, side by side, and metrics."""
     options = config.options
@@ -67,7 +66,7 @@ def sample_starts(config: TrainConfig, environment: Environment, step: int) -> l
 
 def draw_groups(
     config: TrainConfig,
-    policy: LocalPolicy,
+    policy: LearningPolicy,
     environment: Environment,
     step: int,
     count: int | None = None,
@@ -102,7 +101,7 @@ def draw_groups(
 
 def with_own_states(
     config: TrainConfig,
-    policy: LocalPolicy,
+    policy: Policy,
     environment: Environment,
     starts: list[Start],
     step: int,

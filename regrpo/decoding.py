@@ -1,15 +1,14 @@
 """Keys and values of many continuations of few prompts, and attention over them.
 
 K trajectories of a state share their whole prompt. Its keys and values are computed once and kept
-once, ``[prompts, heads, length, D]``; what each row adds lies in a branch of its own. A new token's
-query meets its prompt's keys together with those of its siblings, as one matrix product a prompt
-(the bandwidth of K reads of the prompt becomes that of one), and its branch's keys by itself; the
-two parts are joined by their log-sum-exps, as in split-K decoding (Dao et al. 2023,
-"Flash-Decoding"). Nothing of the model is patched: this is an attention implementation of
-transformers' interface.
+once, ``[prompts, heads, length, D]``; what each row adds (its turns, and the observations between
+them) lies in a branch of its own. New tokens' queries meet their prompt's keys together with those
+of their siblings, as one matrix product a prompt (the bandwidth of K reads of the prompt becomes
+that of one), and their branch's keys by themselves; the two parts are joined by their log-sum-exps,
+as in split-K decoding (Dao et al. 2023, "Flash-Decoding"). Nothing of the model is patched: this is
+an attention implementation of transformers' interface.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,59 +24,98 @@ from regrpo.modeling import (
     logit_softcap,
     why_not_packed,
 )
+from regrpo.partial_attention import bias_of, causal_attention, partial_attention, spans
+from regrpo.ragged import FAR, Ragged, join, resumed
 
 DECODE = "regrpo_decode"
-LOWEST = torch.finfo(torch.float32).min
 ROOM = 32  # new tokens that fit before branches are copied into larger buffers
 
 
 def decodes(model: PreTrainedModel) -> bool:
-    """Whether ``Continuations`` can run a model: attention through the interface, no softcaps."""
-    softcap = logit_softcap(model) or getattr(model.config, "attn_logit_softcapping", None)
-    return why_not_packed(model) is None and not softcap
+    """Whether ``Continuations`` can run a model: all attention through the interface."""
+    return why_not_packed(model) is None
 
 
 @dataclass
-class _Layer:
-    """One layer: prompts' keys and values [G, heads, P, D], branches' [R, heads, M, D]."""
+class _Rows:
+    """Rows: their numbers in the batch, the prompts they continue, and their branches."""
 
-    prompt: tuple[torch.Tensor, torch.Tensor]
-    branch: tuple[torch.Tensor, torch.Tensor] | None = None
+    numbers: list[int]
+    prompts: list[int]
+    branch: Ragged
+
+    def select(self, index: Sequence[int]) -> "_Rows":
+        where = torch.tensor(index, dtype=torch.int64, device=self.branch.positions.device)
+        return _Rows(
+            [self.numbers[i] for i in index],
+            [self.prompts[i] for i in index],
+            self.branch.rows(where),
+        )
+
+
+@dataclass
+class _Prompts:
+    """Prompts by their numbers, padded behind their ends."""
+
+    numbers: list[int]
+    kept: Ragged
+
+    def select(self, numbers: Sequence[int]) -> "_Prompts":
+        place = {number: i for i, number in enumerate(self.numbers)}
+        where = torch.tensor([place[n] for n in numbers], device=self.kept.positions.device)
+        return _Prompts(list(numbers), self.kept.rows(where))
 
 
 class Continuations:
-    """The rows of a batch that is decoded, and where each of them is.
+    """The rows of a batch that is decoded, turn by turn.
+
+    A turn is decoded by ``append``. Rows that have finished it are left out by ``keep`` and wait;
+    ``resume`` begins the next turn of those that go on, from the keys and values they have.
 
     Args:
         prompts: one a row; equal ones share their keys and values.
 
     Attributes:
-        logits: [R, V] of the last token of every row.
-        lengths: int64 [R], tokens of every row so far.
+        logits: [R, V] of the last token of every row in the turn.
+        lengths: int64 [R], tokens of these rows so far.
     """
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]]):
         self._model = model
-        self._layers: dict[int, _Layer] = {}
-        device = base_model(model).device
+        self._device = base_model(model).device
         index: dict[tuple[int, ...], int] = {}
         group = [index.setdefault(tuple(p), len(index)) for p in prompts]
-        self._group = torch.tensor(group, device=device)
-        self._prompt_lengths = torch.tensor([len(p) for p in index], device=device)
-        self._used = 0  # columns of the branches
+        self._sizes = torch.tensor([len(p) for p in index], device=self._device)
         longest = max(map(len, index))
-        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in index], device=device)
-        positions = torch.arange(longest, device=device).expand(len(index), -1)
+        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in index], device=self._device)
+        positions = torch.arange(longest, device=self._device).expand(len(index), -1)
+        held = positions < self._sizes[:, None]
+        self._prompts = _Prompts(list(range(len(index))), Ragged(positions.masked_fill(~held, FAR)))
+        self._resting: list[_Prompts] = []  # prompts of waiting rows only
+        self._waiting: list[_Rows] = []
+        self._used = 0  # columns of the branches that are not room
+        empty = self._sizes.new_empty(len(prompts), 0)
+        self._rows = _Rows(list(range(len(prompts))), group, Ragged(empty))
         hidden = self._forward(ids, positions)
-        last = hidden[torch.arange(len(index), device=device), self._prompt_lengths - 1]
-        self.lengths = self._prompt_lengths[self._group]
+        last = hidden[torch.arange(len(index), device=self._device), self._sizes - 1]
         self._arrange()
+        self.lengths = self._sizes[self._group]
         self.logits = self._head(last)[self._group]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, those of waiting rows included."""
+        kept = [p.kept for p in (self._prompts, *self._resting)]
+        return sum(x.nbytes for x in (*kept, *(r.branch for r in (self._rows, *self._waiting))))
+
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, *head(self._model))
+        logits = F.linear(hidden, *head(self._model))
+        cap = logit_softcap(self._model)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self._queries = positions
+        self._biases: dict[tuple[object, ...], torch.Tensor] = {}
         with attention(self._model, DECODE):
             output = base_model(self._model).base_model(
                 input_ids=ids, position_ids=positions, use_cache=False, continuations=self
@@ -85,36 +123,110 @@ class Continuations:
         return output.last_hidden_state
 
     def _arrange(self) -> None:
-        """Where each row's query stands beside its siblings': a slot of [G, siblings]."""
-        count = torch.bincount(self._group, minlength=len(self._prompt_lengths))
-        self._siblings = int(count.max())
-        order = self._group.argsort(stable=True)
-        first = count.cumsum(0) - count
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device) - first[self._group[order]]
-        self._slots = self._group * self._siblings + rank
+        """Where each row's query stands beside its siblings': a slot of [prompts, siblings]."""
+        place = {number: i for i, number in enumerate(self._prompts.numbers)}
+        seen = [0] * len(place)
+        group, rank = [], []
+        for number in self._rows.prompts:
+            group.append(place[number])
+            rank.append(seen[group[-1]])
+            seen[group[-1]] += 1
+        self._siblings = max(seen)
+        slots = [g * self._siblings + r for g, r in zip(group, rank, strict=True)]
+        self._group = torch.tensor(group, device=self._device)
+        self._slots = torch.tensor(slots, device=self._device)
 
     def append(self, tokens: torch.Tensor) -> None:
         """Feeds one token [R] to every row; ``logits`` are then those behind it."""
-        self._used += 1
-        hidden = self._forward(tokens[:, None], self.lengths[:, None])
-        self.lengths = self.lengths + 1
+        positions = self.lengths[:, None]
+        hidden = self._extend(tokens[:, None], positions, positions)
         self.logits = self._head(hidden[:, 0])
+        self.lengths = self.lengths + 1
+
+    def _extend(
+        self, ids: torch.Tensor, positions: torch.Tensor, held: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states [R, n, H] of new tokens; ``held`` are positions, ``FAR`` of padding."""
+        branch, needed = self._rows.branch, self._used + ids.shape[1]
+        room = branch.positions.shape[1]
+        if room < needed:
+            more = max(2 * room, needed + ROOM) - room
+            branch.positions = F.pad(branch.positions, (0, more), value=FAR)
+            branch.layers = {
+                i: (F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)))
+                for i, (k, v) in branch.layers.items()
+            }
+        branch.positions[:, self._used : needed] = held
+        self._used = needed
+        return self._forward(ids, positions)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows only; prompts that no row continues any more go too."""
-        groups, self._group = self._group[rows].unique(return_inverse=True)
-        self._prompt_lengths = self._prompt_lengths[groups]
-        fewer = len(groups) < len(next(iter(self._layers.values())).prompt[0])
-        for layer in self._layers.values():
-            if fewer:
-                keys, values = layer.prompt
-                layer.prompt = keys[groups], values[groups]
-            if layer.branch is not None:
-                keys, values = layer.branch
-                layer.branch = keys[rows], values[rows]
+        """Goes on with these rows [R'] only; the others wait for their next turn."""
+        going = rows.tolist()
+        others = sorted(set(range(len(self._rows.numbers))) - set(going))
+        waiting = self._rows.select(others)
+        used = waiting.branch.columns(self._used)
+        waiting.branch = join([used])  # no more than what is used
+        self._waiting.append(waiting)
+        self._rows = self._rows.select(going)
         self.lengths, self.logits = self.lengths[rows], self.logits[rows]
+        needed = dict.fromkeys(self._rows.prompts)
+        unneeded = [n for n in self._prompts.numbers if n not in needed]
+        if unneeded:
+            self._resting.append(self._prompts.select(unneeded))
+            self._prompts = self._prompts.select(list(needed))
         self._arrange()
+
+    def resume(
+        self, numbers: Sequence[int], prompts: Sequence[Sequence[int]], kept: Sequence[int]
+    ) -> None:
+        """Begins the next turn of some rows, which are then the rows of the turn, in this order.
+
+        What all other rows had is dropped.
+
+        Args:
+            numbers: of the rows, by their order at the very beginning.
+            prompts: all tokens of each.
+            kept: how many of them are known to be those the row had before; a token of each at
+                least is fed again.
+        """
+        parts = [*self._waiting, self._rows]
+        self._rows.branch = self._rows.branch.columns(self._used)
+        limits = {n: min(k, len(p) - 1) for n, k, p in zip(numbers, kept, prompts, strict=True)}
+        prompt_of = {
+            n: p for part in parts for n, p in zip(part.numbers, part.prompts, strict=True)
+        }
+        branch = resumed([(part.numbers, part.branch) for part in parts], limits)
+        self._rows = _Rows(list(numbers), [prompt_of[number] for number in numbers], branch)
+        self._used = branch.positions.shape[1]
+        self._waiting = []
+        needed = list(dict.fromkeys(self._rows.prompts))
+        if self._resting or len(needed) < len(self._prompts.numbers):
+            stored = [self._prompts, *self._resting]
+            self._prompts = _Prompts(
+                [number for part in stored for number in part.numbers],
+                _stack([part.kept for part in stored]),
+            ).select(needed)
+            self._resting = []
+        self._arrange()
+        held = (self._rows.branch.positions != FAR).sum(1)
+        self.lengths = self._sizes[torch.tensor(self._rows.prompts, device=self._device)] + held
+        self._feed([list(p[n:]) for p, n in zip(prompts, self.lengths.tolist(), strict=True)])
+
+    def _feed(self, tokens: Sequence[list[int]]) -> None:
+        """Feeds some tokens to every row, padded behind them."""
+        longest = max(map(len, tokens))
+        ids = torch.tensor([[*t, *[0] * (longest - len(t))] for t in tokens], device=self._device)
+        counts = torch.tensor([len(t) for t in tokens], device=self._device)
+        steps = torch.arange(longest, device=self._device)
+        positions = self.lengths[:, None] + steps
+        held = positions.masked_fill(steps >= counts[:, None], FAR)
+        # Padding looks from where the last token does: it sees something, so it stays finite.
+        last = (self.lengths + counts - 1)[:, None]
+        hidden = self._extend(ids, positions.minimum(last), held)
+        rows = torch.arange(len(tokens), device=self._device)
+        self.logits = self._head(hidden[rows, counts - 1])
+        self.lengths = self.lengths + counts
 
     def attend(
         self,
@@ -124,121 +236,97 @@ class Continuations:
         value: torch.Tensor,
         scaling: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Attention of one layer; [rows, heads, n, D] -> [rows, n, heads, D].
 
         The first call of a layer brings the prompts, padded behind their ends; every other one new
-        token a row.
+        tokens of every row.
         """
-        layer = self._layers.get(index)
-        if layer is None:
-            self._layers[index] = _Layer((key, value))
-            return _prefill(query, key, value, scaling, window)
-        keys, values = self._extend(layer, key, value)
-        ours = _part(query, keys, values, scaling, self._branch_bias(window))
-        theirs = self._prompt_part(layer, query, scaling, window)
-        # Both parts end with a lse; softmax over the two weighs them as one softmax would have.
-        weights = torch.stack([ours[1], theirs[1]]).softmax(0)
-        out = weights[0, ..., None] * ours[0] + weights[1, ..., None] * theirs[0]
+        if index not in self._prompts.kept.layers:
+            self._prompts.kept.layers[index] = (key, value)
+            return causal_attention(query, key, value, scaling, window, softcap).transpose(1, 2)
+        keys, values = self._written(index, key, value)
+        rows, heads, count, _ = query.shape
+        columns = keys.shape[2] + self._prompts.kept.positions.shape[1]
+        pieces = []
+        for span in spans(count, rows * heads * columns):
+            part, bias = query[:, :, span], self._branch_bias(window, span)
+            ours = partial_attention(part, keys, values, scaling, bias, softcap)
+            theirs = self._prompt_part(index, part, scaling, window, softcap, span)
+            # Both parts end with a lse; softmax over the two weighs them as one softmax would.
+            weights = torch.stack([ours[1], theirs[1]]).softmax(0)
+            pieces.append(weights[0, ..., None] * ours[0] + weights[1, ..., None] * theirs[0])
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
         return out.to(query.dtype).transpose(1, 2)
 
-    def _extend(
-        self, layer: _Layer, key: torch.Tensor, value: torch.Tensor
+    def _written(
+        self, index: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branches with the new token behind them."""
-        if layer.branch is None or layer.branch[0].shape[2] < self._used:
-            layer.branch = _roomy(layer.branch, key), _roomy(layer.branch, value, second=True)
-        keys, values = layer.branch
-        keys[:, :, self._used - 1] = key[:, :, 0]
-        values[:, :, self._used - 1] = value[:, :, 0]
+        """The branches with the new tokens behind them."""
+        branch, (rows, heads, count, width) = self._rows.branch, key.shape
+        if index not in branch.layers:
+            room = branch.positions.shape[1]
+            branch.layers[index] = (
+                key.new_empty(rows, heads, room, width),
+                value.new_empty(rows, heads, room, value.shape[3]),
+            )
+        keys, values = branch.layers[index]
+        keys[:, :, self._used - count : self._used] = key
+        values[:, :, self._used - count : self._used] = value
         return keys[:, :, : self._used], values[:, :, : self._used]
 
-    def _branch_bias(self, window: int | None) -> torch.Tensor | None:
-        """Of the branches' columns [1, 1, 1, M]: those in the window."""
-        if window is None or self._used <= window:
-            return None
-        outside = torch.arange(self._used, device=self.lengths.device) < self._used - window
-        return torch.zeros(self._used, device=outside.device).masked_fill(outside, -math.inf)
+    def _branch_bias(self, window: int | None, span: slice) -> torch.Tensor:
+        """Of the branches' columns [R, n, M]: those a query sees."""
+        key = ("branch", window, span.start)
+        if key not in self._biases:
+            positions = self._rows.branch.positions[:, : self._used]
+            self._biases[key] = bias_of(positions, self._queries[:, span], window)
+        return self._biases[key]
+
+    def _prompt_bias(self, window: int | None, span: slice) -> torch.Tensor:
+        """Of the prompts' columns [G, 1 or siblings * n, P], as `_prompt_part` lays queries out."""
+        key = ("prompt", window, span.start)
+        if key not in self._biases:
+            positions = self._prompts.kept.positions
+            queries = self._queries[:, span]
+            if window is None:  # every query is behind its whole prompt
+                beside = positions.new_full((len(positions), 1), FAR - 1)
+            else:
+                beside = queries.new_zeros(len(positions) * self._siblings, queries.shape[1])
+                beside = beside.index_copy(0, self._slots, queries).view(len(positions), -1)
+            self._biases[key] = bias_of(positions, beside, window)
+        return self._biases[key]
 
     def _prompt_part(
-        self, layer: _Layer, query: torch.Tensor, scaling: float, window: int | None
+        self,
+        index: int,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        span: slice,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of every row to its prompt, siblings together."""
-        keys, values = layer.prompt
-        groups, (_, heads, _, width) = len(keys), query.shape
-        beside = query.new_zeros(groups * self._siblings, heads, width)
-        beside = beside.index_copy(0, self._slots, query[:, :, 0])
-        beside = beside.view(groups, self._siblings, heads, width).transpose(1, 2)
-        column = torch.arange(keys.shape[2], device=keys.device)
-        hidden = column >= self._prompt_lengths[:, None]
-        if window is not None:  # every row has the same number of tokens behind its prompt
-            hidden = hidden | (column + window < self._prompt_lengths[:, None] + self._used)
-        bias = torch.zeros(hidden.shape, device=keys.device).masked_fill(hidden, -math.inf)
-        out, lse = _part(beside, keys, values, scaling, bias[:, None, None])
-        return (
-            out.transpose(1, 2).flatten(0, 1)[self._slots][:, :, None],
-            lse.transpose(1, 2).flatten(0, 1)[self._slots][:, :, None],
-        )
+        keys, values = self._prompts.kept.layers[index]
+        groups, (_, heads, count, width) = len(keys), query.shape
+        beside = query.new_zeros(groups * self._siblings, heads, count, width)
+        beside = beside.index_copy(0, self._slots, query)
+        beside = beside.view(groups, self._siblings, heads, count, width).transpose(1, 2)
+        bias = self._prompt_bias(window, span)
+        out, lse = partial_attention(beside.flatten(2, 3), keys, values, scaling, bias, softcap)
+        out = out.view(groups, heads, self._siblings, count, -1).transpose(1, 2).flatten(0, 1)
+        lse = lse.view(groups, heads, self._siblings, count).transpose(1, 2).flatten(0, 1)
+        return out[self._slots], lse[self._slots]
 
 
-def _roomy(
-    old: tuple[torch.Tensor, torch.Tensor] | None, new: torch.Tensor, second: bool = False
-) -> torch.Tensor:
-    rows, heads, _, width = new.shape
-    before = None if old is None else old[int(second)]
-    length = ROOM if before is None else 2 * before.shape[2]
-    buffer = new.new_empty(rows, heads, length, width)
-    if before is not None:
-        buffer[:, :, : before.shape[2]] = before
-    return buffer
-
-
-def _part(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scaling: float,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention [B, heads, n, D] over some of the keys, with the lse [B, heads, n], in float32.
-
-    Query heads of a key head are laid side by side (grouped-query attention), so keys are read
-    once. Where every key is biased away the lse is -inf and the output 0.
-    """
-    batch, heads, count, width = query.shape
-    shared = keys.shape[1]
-    side = query.reshape(batch, shared, heads // shared * count, width)
-    scores = (side @ keys.transpose(2, 3)).float().mul_(scaling)
-    if bias is not None:
-        scores.add_(bias)
-    lse = scores.logsumexp(-1)
-    weights = scores.sub_(lse.clamp(min=LOWEST)[..., None]).exp_()
-    out = (weights.to(values.dtype) @ values).float()
-    return out.view(batch, heads, count, width), lse.view(batch, heads, count)
-
-
-def _prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    window: int | None,
-) -> torch.Tensor:
-    mask = None
-    length = query.shape[2]
-    if window is not None and length > window:
-        distance = torch.arange(length)[:, None] - torch.arange(length)
-        mask = ((distance >= 0) & (distance < window)).to(query.device)
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2)
+def _stack(parts: Sequence[Ragged]) -> Ragged:
+    """Prompts in one; all have the same columns."""
+    layers = {}
+    for index in parts[0].layers:
+        keys, values = zip(*(part.layers[index] for part in parts), strict=True)
+        layers[index] = (torch.cat(keys), torch.cat(values))
+    return Ragged(torch.cat([part.positions for part in parts]), layers)
 
 
 def _decode_attention(
@@ -256,14 +344,13 @@ def _decode_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    if softcap is not None or s_aux is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__}: softcap={softcap} or attention sinks; expected neither"
-        )
+    if s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__}: attention sinks; expected none")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     index = module.layer_idx
     assert isinstance(index, int)
-    return continuations.attend(index, query, key, value, scale, sliding_window), None
+    out = continuations.attend(index, query, key, value, scale, sliding_window, softcap)
+    return out, None
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:

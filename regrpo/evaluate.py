@@ -17,6 +17,7 @@ from regrpo.records import write_atomically, write_records
 from regrpo.report import transcript
 from regrpo.rollout import Policy, Trajectory, TurnRecord, run, same_answer, task_start
 from regrpo.sampling import LocalPolicy
+from regrpo.server_policy import ServerPolicy
 from regrpo.tasks import FAMILIES, SERIAL_FAMILIES
 from regrpo.trigger import Clause
 
@@ -245,14 +246,24 @@ def held_out(config: EvalConfig, environment: Environment) -> list[Demonstration
     return demonstrate(environment, config.tasks.generate(config.count), seed=config.seed)[0]
 
 
-def load_policy(config: EvalConfig) -> LocalPolicy:
-    """The model of a configuration, ready to act."""
+def load_policy(config: EvalConfig) -> Policy:
+    """The model of a configuration, or that of its server, ready to act."""
+    tokenizer = load_tokenizer(config.model)
+    if config.rollout.backend == "server":
+        return ServerPolicy(
+            config.rollout,
+            tokenizer,
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+        )
     return LocalPolicy(
         load_model(config.model).eval(),
-        load_tokenizer(config.model),
+        tokenizer,
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        cache_gib=config.rollout.cache_gib,
     )
 
 

@@ -272,9 +272,13 @@ def base_model(model: CausalLM) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def attention(model: CausalLM, implementation: str) -> Iterator[None]:
-    """Runs a block with another attention implementation."""
+    """Runs a block with another attention implementation; inside of one with the same it is free,
+    where setting it visits every module."""
     inner = base_model(model)
     before = inner.config._attn_implementation
+    if before == implementation:
+        yield
+        return
     inner.set_attn_implementation(implementation)
     try:
         yield

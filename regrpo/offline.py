@@ -32,7 +32,11 @@ class Script:
         self._scripts = scripts
         self._round = 0
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[Sample]:
+    def session(self) -> "Script":
+        """Itself: its scripts are those of one rollout."""
+        return self
+
+    def generate(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Sample]:
         """The next turn of every script that is not at its end.
 
         Raises:

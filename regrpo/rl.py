@@ -23,6 +23,7 @@ from dataclasses import replace
 
 import torch
 from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
 
 from regrpo.advantages import advantages_of, choose, group_ids
 from regrpo.collect import collect
@@ -43,9 +44,10 @@ from regrpo.options.demonstrations import demonstration_tokens, hard_states
 from regrpo.options.refinements import shaped_slope
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate, pack_groups
 from regrpo.progress import live_line
-from regrpo.rollout import Trajectory
+from regrpo.rollout import LearningPolicy, Trajectory
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import TokenizedTrajectory
+from regrpo.served_adapter import ServedLearner
 from regrpo.sft import NLL
 from regrpo.trainer import Run, mean
 from regrpo.trajectory_log import TrajectoryLog
@@ -180,7 +182,11 @@ class Learner:
             hidden, *head(self.model), batch, self.objective, normalizer, by_segment=by_segment
         )
         out.loss.backward()
-        return {"loss": out.loss.item(), **{k: v.item() for k, v in out.metrics.items()}}
+        metrics = {"loss": out.loss.item(), **{k: v.item() for k, v in out.metrics.items()}}
+        if batch.old_log_probs is not None:
+            moved = (out.log_probs - batch.old_log_probs[batch.loss_mask]).abs()
+            metrics["log_probs/moved"] = moved.mean().item()
+        return metrics
 
     def backward_refinements(self, batch: PackedBatch, normalizer: float) -> None:
         """Accumulates the gradient of refinements, by their shaped ratio."""
@@ -211,8 +217,35 @@ class Learner:
         return {"demonstration/count": sequences, "demonstration/nll": total / weight}
 
 
+def learning_policy(
+    config: TrainConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase
+) -> LearningPolicy:
+    """Where the configuration samples: in this process, or on a server."""
+    rollout, limit = config.rollout, config.max_new_tokens
+    if rollout.backend == "server":
+        return ServedLearner(
+            rollout,
+            model,
+            tokenizer,
+            config.out,
+            temperature=config.temperature,
+            max_new_tokens=limit,
+        )
+    return LocalPolicy(
+        model,
+        tokenizer,
+        temperature=config.temperature,
+        max_new_tokens=limit,
+        cache_gib=rollout.cache_gib,
+    )
+
+
 def run_rl(config: TrainConfig, environment: Environment, progress: Progress | None = None) -> str:
-    """Trains, resuming a former run of the same configuration; returns the model's folder."""
+    """Trains, resuming a former run of the same configuration; returns the model's folder.
+
+    A server that samples is asked for before anything is written, and takes the learner's adapter,
+    that of a checkpoint or of the update before, at every step.
+    """
     tokenizer = load_tokenizer(config.model)
     torch.manual_seed(config.seed)  # a new adapter is drawn
     lora = config.lora
@@ -220,9 +253,7 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         config.model, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets
     )
     learner = Learner(model, config)  # copies the reference before a checkpoint is loaded
-    policy = LocalPolicy(
-        model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens
-    )
+    policy = learning_policy(config, model, tokenizer)
     model.eval()  # with dropout the learner would not be the policy that sampled
     with Run(config.out, config, model, tokenizer, config.optim, config.steps) as training:
         bar = (
@@ -233,7 +264,7 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         log = TrajectoryLog(training, config.log_trajectories_every, config.log_groups)
         while training.step < config.steps:
             began = time.perf_counter()
-            policy.generator.manual_seed(1_000_003 * config.seed + training.step)
+            policy.renew(1_000_003 * config.seed + training.step)
             trajectories, groups, collected = collect(training, policy, environment, config)
             metrics = update(training, learner, trajectories, groups, log) | collected
             metrics["time/step_s"] = time.perf_counter() - began
@@ -285,9 +316,12 @@ def update(
     # What the mean is over, in the whole update: its packs add up to the same gradient.
     count = sum(trajectories[i].trained_tokens for i in choice.kept)
     normalizer = float(count if config.loss_agg_mode == "token-mean" else len(choice.kept))
-    for _ in range(config.epochs):
+    for epoch in range(config.epochs):
         metrics |= learner.adapt_clipping(packs)
         parts = [learner.backward(batch, normalizer) for batch in packs]
+        if epoch == 0 and parts and sampled:
+            # Before anything was learned: how far the sampler's numerics are from the learner's.
+            metrics["log_probs/sampler"] = mean_metrics(parts, packs)["log_probs/moved"]
         for batch in refined:
             learner.backward_refinements(batch, normalizer)
         metrics |= learner.backward_demonstrations(demonstrations)

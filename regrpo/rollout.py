@@ -11,6 +11,7 @@ from typing import Protocol
 
 from regrpo.config import TriggerConfig
 from regrpo.environment import Environment
+from regrpo.modeling import CausalLM
 from regrpo.prompts import REFLECTION_OPENER, observation_turn, opening
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat, TokenizedTrajectory
@@ -22,13 +23,38 @@ from regrpo.trigger import Clause, confidence, fired
 from regrpo_kernels import Segment
 
 
+class Session(Protocol):
+    """Trajectories that a policy continues, turn by turn."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Sample]:
+        """One turn for every prompt.
+
+        Args:
+            prompts: all tokens of each trajectory so far. Behind the first turn: its former prompt,
+                the sampled turn, and at least a token more.
+            numbers: which trajectories these are. The first call names all of them; those that a
+                later call leaves out have ended.
+        """
+        ...
+
+
 class Policy(Protocol):
     """What a rollout asks of a model: continue prompts."""
 
     chat: ChatFormat
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[Sample]:
-        """One turn for every prompt."""
+    def session(self) -> Session:
+        """For trajectories that begin now."""
+        ...
+
+
+class LearningPolicy(Policy, Protocol):
+    """The policy of a model that is trained between rollouts."""
+
+    model: CausalLM
+
+    def renew(self, seed: int) -> None:
+        """What is sampled from here on is that of the model now, and a function of the seed."""
         ...
 
 
@@ -127,18 +153,20 @@ def run(
         )
         trajectory.tokens.extend(policy.chat.prompt(start.messages), Segment.CONTEXT)
         trajectories.append(trajectory)
-    active = trajectories
-    while active:
+    session = policy.session()
+    while True:
+        active = [t for t in trajectories if not t.done]
         for t in active:
             if t.failed:
                 # The opener is written by the trigger, not by the policy: it is not trained.
                 t.tokens.extend(opener, Segment.CONTEXT)
             if max_length is not None and len(t.tokens) >= max_length:
                 t.done, t.end = True, End.CONTEXT
-        active = [t for t in active if not t.done]
-        if not active:
-            break
-        generated = policy.generate([t.tokens.input_ids for t in active])
+        numbers = [i for i, t in enumerate(trajectories) if not t.done]
+        if not numbers:
+            return trajectories
+        active = [trajectories[i] for i in numbers]
+        generated = session.generate([t.tokens.input_ids for t in active], numbers)
         texts = []
         for t, turn in zip(active, generated, strict=True):
             forced = REFLECTION_OPENER if t.failed and reflect else ""
@@ -172,8 +200,6 @@ def run(
                     t.tokens.extend([policy.chat.end_id], Segment.CONTEXT)
                 content = observation_turn(t.turns[-1].step, observation.text)
                 t.tokens.extend(policy.chat.observation(content), Segment.OBSERVATION)
-        active = [t for t in active if not t.done]
-    return trajectories
 
 
 def _advance(

@@ -1,15 +1,21 @@
-"""Batched autoregressive sampling that returns the log-probability of every sampled token."""
+"""Batched autoregressive sampling that returns the log-probability of every sampled token.
 
+Trajectories are sampled turn by turn, with tool calls in between. A ``LocalSession`` keeps their
+keys and values from one turn to the next, so of a later turn only what is new is computed: the
+observation, and what the trigger writes.
+"""
+
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from regrpo.cached_rows import CachedRows
-from regrpo.decoding import Continuations, decodes
-from regrpo.modeling import CausalLM, base_model
+from regrpo.decoding import DECODE, Continuations, decodes
+from regrpo.modeling import CausalLM, attention, base_model
 from regrpo.segments import ChatFormat
 from regrpo_kernels import token_log_probs
 
@@ -32,6 +38,8 @@ class LocalPolicy:
         max_new_tokens: limit of one turn.
         stop_ids: what ends a turn beside the chat format's own token; it is not part of it.
         max_length: limit of prompt and turn together; None for none.
+        cache_gib: keys and values that a session keeps from one turn to the next, in GiB, at most;
+            batches beyond that compute their whole prompts again, and sample the same.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class LocalPolicy:
         seed: int = 0,
         stop_ids: Sequence[int] = (),
         max_length: int | None = None,
+        cache_gib: float = 8.0,
     ):
         self.model = model
         self.chat = ChatFormat(tokenizer)
@@ -52,22 +61,130 @@ class LocalPolicy:
         self.max_new_tokens = max_new_tokens
         self.stop_ids = tuple(stop_ids)
         self.max_length = max_length
-        self.generator = torch.Generator(base_model(model).device).manual_seed(seed)
+        self.cache_gib = cache_gib
+        self.generator = torch.Generator(base_model(model).device)
+        self.renew(seed)
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[Sample]:
-        limit = self.max_new_tokens
-        if self.max_length is not None:
-            limit = min(limit, self.max_length - max(map(len, prompts)))
-        return sample(
+    def renew(self, seed: int) -> None:
+        """See `regrpo.rollout.LearningPolicy`."""
+        self.generator.manual_seed(seed)
+
+    def session(self) -> "LocalSession":
+        """Of trajectories that begin now; the model must stay as it is meanwhile."""
+        return LocalSession(
             self.model,
-            prompts,
-            stop_id=self.chat.end_id,
+            stop_ids=(self.chat.end_id, *self.stop_ids),
             pad_id=self.pad_id,
             temperature=self.temperature,
-            max_new_tokens=limit,
+            max_new_tokens=self.max_new_tokens,
+            max_length=self.max_length,
             generator=self.generator,
-            stop_ids=self.stop_ids,
+            cache_bytes=round(self.cache_gib * 2**30),
         )
+
+
+@dataclass
+class _Batch:
+    """Trajectories that are decoded together, by their numbers, with what each had before."""
+
+    numbers: list[int]
+    rows: Continuations | CachedRows | None = None
+    places: dict[int, int] = field(default_factory=dict)  # numbers in ``rows``
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+
+
+class LocalSession:
+    """Trajectories of one rollout; see `regrpo.rollout.Session`.
+
+    Args:
+        stop_ids: what ends a turn; the first is part of it.
+        max_new_tokens: limit of one turn.
+        max_length: limit of prompt and turn together; None for none.
+        generator: draws are reproducible given its state, the prompts and the model.
+        max_batch: trajectories decoded together; those with prompts of similar length at first.
+        cache_bytes: keys and values kept between turns, at most.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        temperature: float,
+        max_new_tokens: int,
+        max_length: int | None = None,
+        generator: torch.Generator | None = None,
+        max_batch: int = 512,
+        cache_bytes: int = 2**33,
+    ):
+        self._model = model
+        self._stop_ids = tuple(stop_ids)
+        self._pad_id = pad_id
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._max_length = max_length
+        self._generator = generator
+        self._max_batch = max_batch
+        self._cache_bytes = cache_bytes
+        self._batches: list[_Batch] | None = None
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Sample]:
+        """One turn of every trajectory; see `regrpo.rollout.Session.generate`."""
+        given = {number: list(p) for number, p in zip(numbers, prompts, strict=True)}
+        if self._batches is None:
+            order = sorted(given, key=lambda number: len(given[number]))
+            size = self._max_batch
+            self._batches = [_Batch(order[i : i + size]) for i in range(0, len(order), size)]
+        limit = self._max_new_tokens
+        if self._max_length is not None:
+            limit = min(limit, self._max_length - max(map(len, prompts)))
+        was_training = self._model.training
+        self._model.eval()
+        results: dict[int, Sample] = {}
+        kept = 0
+        for batch in self._batches:
+            going = [number for number in batch.numbers if number in given]
+            # Shortest first, whether or not keys are kept: the same rows get the same draws.
+            batch.numbers = sorted(going, key=lambda number: len(given[number]))
+            if batch.numbers:
+                results |= self._turn(batch, given, limit)
+                kept += batch.rows.nbytes if batch.rows is not None else 0
+            if not batch.numbers or kept > self._cache_bytes:
+                kept -= batch.rows.nbytes if batch.rows is not None else 0
+                batch.rows = None
+        self._model.train(was_training)
+        return [results[number] for number in numbers]
+
+    def _turn(self, batch: _Batch, given: dict[int, list[int]], limit: int) -> dict[int, Sample]:
+        prompts = [given[number] for number in batch.numbers]
+        if batch.rows is not None:
+            before = [batch.tokens[number] for number in batch.numbers]
+            for number, prompt, tokens in zip(batch.numbers, prompts, before, strict=True):
+                if prompt[: len(tokens)] != tokens or len(prompt) == len(tokens):
+                    raise ValueError(
+                        f"prompt of trajectory {number}: expected its former prompt and turn "
+                        "with tokens behind them"
+                    )
+            places = [batch.places[number] for number in batch.numbers]
+            batch.rows.resume(places, prompts, [len(tokens) for tokens in before])
+        else:
+            if decodes(base_model(self._model)):
+                batch.rows = Continuations(self._model, prompts)
+            else:
+                batch.rows = CachedRows(self._model, prompts, self._pad_id)
+            batch.places = {number: i for i, number in enumerate(batch.numbers)}
+        ours = isinstance(batch.rows, Continuations)
+        with attention(self._model, DECODE) if ours else contextlib.nullcontext():
+            samples = decode(
+                batch.rows, len(prompts), self._stop_ids, self._temperature, limit, self._generator
+            )
+        batch.tokens = {
+            number: prompt + sample.ids
+            for number, prompt, sample in zip(batch.numbers, prompts, samples, strict=True)
+        }
+        return dict(zip(batch.numbers, samples, strict=True))
 
 
 def draw(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -98,7 +215,6 @@ def _invert(sums: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torc
     return index, value - before
 
 
-@torch.no_grad()
 def sample(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -111,7 +227,7 @@ def sample(
     max_batch: int = 512,
     stop_ids: Sequence[int] = (),
 ) -> list[Sample]:
-    """Continues every prompt until ``stop_id`` or ``max_new_tokens``.
+    """Continues every prompt until ``stop_id`` or ``max_new_tokens``: a session of one turn.
 
     Args:
         temperature: 0 is greedy; log-probs are then those of temperature 1.
@@ -119,47 +235,34 @@ def sample(
         max_batch: rows decoded together; prompts of similar length go together.
         stop_ids: other tokens that end a turn; it ends before them, as at its limit.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results: list[Sample | None] = [None] * len(prompts)
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(order), max_batch):
-        chosen = order[start : start + max_batch]
-        chunk = _decode(
-            model,
-            [prompts[i] for i in chosen],
-            (stop_id, *stop_ids),
-            pad_id,
-            temperature,
-            max_new_tokens,
-            generator,
-        )
-        for i, result in zip(chosen, chunk, strict=True):
-            results[i] = result
-    model.train(was_training)
-    return [r for r in results if r is not None]
+    session = LocalSession(
+        model,
+        stop_ids=(stop_id, *stop_ids),
+        pad_id=pad_id,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        generator=generator,
+        max_batch=max_batch,
+        cache_bytes=0,
+    )
+    return session.generate(prompts, range(len(prompts)))
 
 
-def _decode(
-    model: CausalLM,
-    prompts: Sequence[Sequence[int]],
+def decode(
+    rows: Continuations | CachedRows,
+    count: int,
     stop_ids: Sequence[int],
-    pad_id: int,
     temperature: float,
     max_new_tokens: int,
     generator: torch.Generator | None,
 ) -> list[Sample]:
-    rows: Continuations | CachedRows
-    if decodes(base_model(model)):
-        rows = Continuations(model, prompts)
-    else:
-        rows = CachedRows(model, prompts, pad_id)
+    """One turn of ``count`` rows."""
     device = rows.logits.device
     stops = torch.tensor(stop_ids, device=device)
-    alive = torch.arange(len(prompts), device=device)
-    sampled: list[list[int]] = [[] for _ in prompts]
-    log_probs: list[list[float]] = [[] for _ in prompts]
-    for count in range(1, max_new_tokens + 1):
+    alive = torch.arange(count, device=device)
+    sampled: list[list[int]] = [[] for _ in range(count)]
+    log_probs: list[list[float]] = [[] for _ in range(count)]
+    for length in range(1, max_new_tokens + 1):
         logits = rows.logits
         if temperature > 0:
             drawn = draw(logits.float() / temperature, generator)
@@ -172,7 +275,7 @@ def _decode(
             sampled[row].append(token)
             log_probs[row].append(value)
         going = ~torch.isin(drawn, stops)
-        if count == max_new_tokens or not going.any():
+        if length == max_new_tokens or not going.any():
             break
         if going.sum() <= 0.75 * len(going):  # finished rows leave the batch
             keep = going.nonzero().squeeze(1)

@@ -26,6 +26,11 @@ METRICS = "metrics.jsonl"
 LOGS = (METRICS, "trajectories.jsonl")
 # Where a run is and what it tells: may change from one start to the next, and it is the same run.
 UNCLAIMED = ("out", "keep_checkpoints", "log_to", "log_trajectories_every", "log_groups")
+CLAIMED_OF_ROLLOUT = (
+    "backend",
+    "model",
+    "processed_log_probs",
+)  # where the server is and how it is waited for is not
 
 
 def build_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
@@ -75,6 +80,8 @@ class Run:
         self.extra: dict[str, Any] = {}
         self.keep_checkpoints: int = config.keep_checkpoints
         claimed = {key: value for key, value in asdict(config).items() if key not in UNCLAIMED}
+        if "rollout" in claimed:
+            claimed["rollout"] = {key: claimed["rollout"][key] for key in CLAIMED_OF_ROLLOUT}
         if data_files:
             claimed["sha256"] = {path: _sha256(path) for path in data_files}
         claim(self.out, claimed)

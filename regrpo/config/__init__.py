@@ -22,6 +22,7 @@ from regrpo.config.evaluation import (
 )
 from regrpo.config.options import OptionsConfig
 from regrpo.config.rewards import RewardConfig
+from regrpo.config.rollout import RolloutConfig
 from regrpo.config.run import TRACKERS, LoraSettings, OptimConfig
 from regrpo.config.supervised import PretrainConfig, SFTConfig, SourceConfig
 from regrpo.config.tasks import TaskConfig
@@ -46,6 +47,7 @@ __all__ = [
     "PretrainConfig",
     "ReportConfig",
     "RewardConfig",
+    "RolloutConfig",
     "RunConfig",
     "SFTConfig",
     "SourceConfig",

@@ -1,10 +1,8 @@
 """The data engine: building, importing, mining, verifying and counting records."""
 
-import re
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
-from regrpo.config.checks import require
+from regrpo.config.checks import require, require_url, require_variable
 from regrpo.config.tasks import TaskConfig
 from regrpo.provenance import PROVENANCES
 
@@ -53,21 +51,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         url = self.base_url
-        parts = urlsplit(url or "http://host")
-        require(
-            parts.scheme in ("http", "https") and bool(parts.hostname),
-            "teacher.base_url",
-            url,
-            "http://... or https://...",
-        )
-        # Both would be stored with the configuration.
-        if parts.username or parts.query or parts.fragment:
-            raise ValueError("teacher.base_url: expected no user, password or query in it")
-        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
-            raise ValueError(
-                "teacher.api_key_env: expected the name of an environment variable, in capitals; "
-                "not the key"
-            )
+        require_url("teacher.base_url", url)
+        require_variable("teacher.api_key_env", self.api_key_env)
         require(
             (url is None) == (self.model is None),
             "teacher.model",

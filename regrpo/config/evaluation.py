@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from regrpo.config.checks import require
+from regrpo.config.rollout import RolloutConfig
 from regrpo.config.tasks import TaskConfig
 from regrpo.config.trigger import TriggerConfig
 
@@ -20,6 +21,8 @@ class EvalConfig:
         trigger: what else opens one.
         temperature: 0 is greedy.
         max_new_tokens: limit of one turn.
+        rollout: where trajectories are sampled; of a server, its own `rollout.model` is evaluated,
+            which may be an adapter that it serves, and `model` is where the tokenizer is.
         seed: sampling and choice of near-misses.
     """
 
@@ -31,6 +34,7 @@ class EvalConfig:
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
     temperature: float = 0.0
     max_new_tokens: int = 128
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from regrpo.config.checks import require
 from regrpo.config.options import OptionsConfig
 from regrpo.config.rewards import RewardConfig
+from regrpo.config.rollout import RolloutConfig
 from regrpo.config.run import LoraSettings, OptimConfig, check_logging
 from regrpo.config.tasks import TaskConfig
 from regrpo.config.trigger import TriggerConfig
@@ -52,6 +53,7 @@ class TrainConfig:
             group share counted once; an update adds the passes up.
         temperature: of sampling and of the loss.
         max_new_tokens: limit of one turn.
+        rollout: where trajectories are sampled.
         policy: objective of a token: "clip", "cispo" or "sapo" by ratios to the policy that
             sampled, or "reinforce", -A log pi, as the official release; the only one offline, where
             there is nothing to take a ratio to.
@@ -94,6 +96,7 @@ class TrainConfig:
     batch_tokens: int = 16384
     temperature: float = 1.0
     max_new_tokens: int = 96
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: str = "clip"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
@@ -137,6 +140,9 @@ class TrainConfig:
         )
         require(self.epochs > 0, "epochs", self.epochs, "1 or more")
         require(self.temperature > 0, "temperature", self.temperature, "a positive number")
+        fits = self.rollout.backend == "local" or self.rollout.processed_log_probs
+        needed = "1 with rollout.backend=server, or rollout.processed_log_probs"
+        require(self.temperature == 1 or fits, "temperature", self.temperature, needed)
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
         require(self.beta >= 0, "beta", self.beta, "0 or more")
         require(self.save_every > 0, "save_every", self.save_every, "1 or more")
@@ -180,6 +186,7 @@ class TrainConfig:
             require(self.group_size == len(names), "group_size", self.group_size, needed)
             for name, value, off in (
                 ("zero_variance", self.zero_variance == "resample", "keep or skip"),
+                ("rollout.backend", self.rollout.backend != "local", "local"),
                 ("trigger.confidence_margin", self.trigger.confidence_margin, "null"),
                 ("options.replay", self.options.replay, "0"),
                 ("options.refinements", self.options.refinements, "0"),

@@ -367,9 +367,10 @@ def write_corpora(
         if config.teacher.base_url is None:
             claim(out, _claimed(config))
         else:
-            from regrpo.data_engine.openai_teacher import OpenAITeacher, read_key  # slow to import
+            from regrpo.data_engine.openai_teacher import OpenAITeacher  # slow to import
+            from regrpo.endpoint import read_key
 
-            key = read_key(config.teacher.api_key_env)
+            key = read_key("teacher.api_key_env", config.teacher.api_key_env)
             claim(out, _claimed(config))
             answers = stack.enter_context(Journal(out / "teacher.jsonl"))
             teacher = OpenAITeacher(config.teacher, key, answers, progress)

@@ -55,6 +55,9 @@ class Endpoint:
                     with endpoint._lock:
                         endpoint.active -= 1
 
+            def do_GET(self):
+                endpoint.get(self)
+
             def log_message(self, *args):
                 pass
 
@@ -63,6 +66,9 @@ class Endpoint:
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
+
+    def get(self, handler):
+        _send(handler, 404, b"not found")
 
     def __enter__(self):
         return self

@@ -172,7 +172,10 @@ class Scripted:
         self.chat = ChatFormat(tokenizer)
         self.turns = list(turns)
 
-    def generate(self, prompts):
+    def session(self):
+        return self
+
+    def generate(self, prompts, numbers):
         text = self.turns.pop(0) if len(self.turns) > 1 else self.turns[0]
         ids = [*self.chat.encode(text), self.chat.end_id]
         return [Sample(ids, [-0.1] * len(ids))]
@@ -238,7 +241,8 @@ def test_a_full_context_ends(tokenizer, small):
 
 def test_other_ends_of_text_end_a_turn(tokenizer, model):
     prompts = [ChatFormat(tokenizer).prompt(opening(q)) for q in ("?", "What?", "?")]
-    free = LocalPolicy(model, tokenizer, temperature=0.0, max_new_tokens=12).generate(prompts)
+    free = LocalPolicy(model, tokenizer, temperature=0.0, max_new_tokens=12)
+    free = free.session().generate(prompts, range(3))
     stop = free[0].ids[4]
     stopped = LocalPolicy(
         model,
@@ -246,7 +250,8 @@ def test_other_ends_of_text_end_a_turn(tokenizer, model):
         temperature=0.0,
         max_new_tokens=12,
         stop_ids=[tokenizer.eos_token_id, stop],
-    ).generate(prompts)
+    )
+    stopped = stopped.session().generate(prompts, range(3))
     for before, after in zip(free, stopped, strict=True):
         end = before.ids.index(stop) if stop in before.ids else len(before.ids)
         assert after.ids == before.ids[:end]
@@ -517,9 +522,9 @@ def test_run_prints_turns_as_they_come(small, tokenizer, tmp_path, capsys, monke
     printed = []
 
     class Watched(Scripted):
-        def generate(self, prompts):
+        def generate(self, prompts, numbers):
             printed.append(capsys.readouterr().out)
-            return super().generate(prompts)
+            return super().generate(prompts, numbers)
 
     monkeypatch.setattr(agents, "LocalPolicy", lambda *_, **__: Watched(tokenizer, *turns))
     ask = ["--model", small, "--workspace", str(tmp_path), "--reflect", "false"]

@@ -32,7 +32,10 @@ class Oracle:
         self.repair = repair
         self.needless = needless
 
-    def generate(self, prompts):
+    def session(self):
+        return self
+
+    def generate(self, prompts, numbers):
         return [self.turn(self.tokenizer.decode(p)) for p in prompts]
 
     def turn(self, text):

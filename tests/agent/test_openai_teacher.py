@@ -13,9 +13,11 @@ from endpoint import Endpoint, answer, drip, hang, quoting, raw, status, torn
 from PIL import Image
 
 from regrpo.config import TeacherConfig
-from regrpo.data_engine.openai_teacher import OpenAITeacher, _retry_after, read_key
+from regrpo.data_engine.openai_teacher import OpenAITeacher
 from regrpo.data_engine.teacher import Case, Declined
 from regrpo.data_engine.teacher_prompt import check_answer
+from regrpo.endpoint import Endpoint as Requests
+from regrpo.endpoint import read_key, retry_after
 from regrpo.errors import RunError
 from regrpo.journal import Journal
 from regrpo.tool_calls import Reflection, ToolCall
@@ -143,9 +145,9 @@ def test_a_wait_that_is_too_long_ends_with_a_line(ask, endpoint):
 
 def test_retry_after_as_a_date():
     later = email.utils.formatdate(time.time() + 100, usegmt=True)
-    assert 90 < _retry_after(later) <= 100
-    assert _retry_after(email.utils.formatdate(0, usegmt=True)) == 0
-    assert [_retry_after(v) for v in ("", "nan", "-3", "inf", "2.5")] == [0, 0, 0, 0, 2.5]
+    assert 90 < retry_after(later) <= 100
+    assert retry_after(email.utils.formatdate(0, usegmt=True)) == 0
+    assert [retry_after(v) for v in ("", "nan", "-3", "inf", "2.5")] == [0, 0, 0, 0, 2.5]
 
 
 def rejected(*answers):
@@ -313,7 +315,7 @@ def test_waits_are_seeded(ask, endpoint, monkeypatch):
         async def pause(self, seconds):
             found.append(seconds)
 
-        monkeypatch.setattr(OpenAITeacher, "_pause", pause)
+        monkeypatch.setattr(Requests, "_pause", pause)
         endpoint.default = status(500)
         with pytest.raises(RunError):
             ask(case(), seed=seed)
@@ -327,13 +329,13 @@ def test_waits_are_seeded(ask, endpoint, monkeypatch):
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
-    assert read_key(None) is None
+    assert read_key("teacher.api_key_env", None) is None
     monkeypatch.delenv("TEACHER_KEY", raising=False)
     with pytest.raises(RunError, match="environment variable TEACHER_KEY is not set"):
-        read_key("TEACHER_KEY")
+        read_key("teacher.api_key_env", "TEACHER_KEY")
     monkeypatch.setenv("TEACHER_KEY", " sk-1\n")
-    assert read_key("TEACHER_KEY") == "sk-1"
+    assert read_key("teacher.api_key_env", "TEACHER_KEY") == "sk-1"
     monkeypatch.setenv("TEACHER_KEY", "sk-1\nX-Other: 2")
     with pytest.raises(RunError, match="has characters that no key has") as error:
-        read_key("TEACHER_KEY")
+        read_key("teacher.api_key_env", "TEACHER_KEY")
     assert "sk-1" not in str(error.value)

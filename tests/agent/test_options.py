@@ -551,7 +551,10 @@ class Scripted:
         self.script = list(script)
         self.prompts = []
 
-    def generate(self, prompts):
+    def session(self):
+        return self
+
+    def generate(self, prompts, numbers):
         self.prompts += prompts
         samples = []
         for _ in prompts:

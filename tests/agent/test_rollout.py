@@ -42,7 +42,10 @@ class Scripted:
         self.scripts = [list(script) for script in scripts]
         self.prompts = []
 
-    def generate(self, prompts):
+    def session(self):
+        return self
+
+    def generate(self, prompts, numbers):
         self.prompts.append([list(p) for p in prompts])
         waiting = [script for script in self.scripts if script][: len(prompts)]
         assert len(waiting) == len(prompts), "asked for a turn that the script does not hold"

@@ -179,8 +179,12 @@ def test_an_adapter_is_sampled_from(tiny, prompts, stop_id, tmp_path):
 def test_local_policy(model, tokenizer):
     policy = LocalPolicy(model, tokenizer, max_new_tokens=5, seed=1)
     prompt = policy.chat.prompt([{"role": "user", "content": "Task: oak?"}])
-    first = policy.generate([prompt] * 4)
+
+    def generate():
+        return policy.session().generate([prompt] * 4, range(4))
+
+    first = generate()
     assert all(len(r.ids) <= 5 for r in first)
-    assert policy.generate([prompt] * 4) != first  # the generator went on
-    policy.generator.manual_seed(1)
-    assert policy.generate([prompt] * 4) == first
+    assert generate() != first  # the generator went on
+    policy.renew(1)
+    assert generate() == first

@@ -92,7 +92,10 @@ class Scripted:
         self.script = list(script)
         self.prompts = []
 
-    def generate(self, prompts):
+    def session(self):
+        return self
+
+    def generate(self, prompts, numbers):
         self.prompts += [self.chat.tokenizer.decode(p) for p in prompts]
         reflection, turn, of_reflection, p = self.script.pop(0)
         first, rest = self.chat.encode(reflection), self.chat.encode(turn)
