@@ -59,7 +59,7 @@ def advantages_of(
         penalties, penalty_metrics = penalties_of(trajectories, groups, config)
         success -= penalties
         metrics |= penalty_metrics
-    ids = torch.tensor(groups)
+    ids = torch.tensor(groups, dtype=torch.int64)
     result = reflection_advantages(
         success,
         batch.segment_ids,

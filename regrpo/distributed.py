@@ -8,6 +8,7 @@ have equally many. What goes from one process to all others is small, but for gr
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -22,6 +23,8 @@ T = TypeVar("T")
 BUCKET_BYTES = 128 << 20
 # One waits for another that samples or writes; one that ended is noticed at once.
 TIMEOUT = timedelta(hours=1)
+# A launcher ends all when one ends; the one that says why has the time to.
+GRACE_S = 3.0
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,6 +91,7 @@ class Ranks:
         if kind is None:
             distributed.destroy_process_group()
         elif self._store is not None and not self._first_to_fail(self._store):
+            time.sleep(GRACE_S)
             raise SystemExit(1) from None
 
     def _first_to_fail(self, store: "distributed.Store") -> bool:

@@ -75,6 +75,8 @@ class PackedModel(torch.nn.Module):
                 layer.training = True
         with self._autocast():
             hidden = hidden_states(self.model, batch)
+        if is_sharded(self):
+            hidden = hidden.clone()  # FSDP hooks what it returns, which may be no view
         return hidden if self.dtype is None else hidden.to(self.dtype)
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:

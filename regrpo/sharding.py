@@ -43,6 +43,7 @@ def shard(root: torch.nn.Module, model: PreTrainedModel, dtype: torch.dtype | No
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for sharded in _sharded(root):
         sharded.set_gradient_divide_factor(1.0)  # a sum
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
     _set_reshard_after_forward(root, True)
 
 
