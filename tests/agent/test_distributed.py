@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from runs import STEPS, metrics_of, rl_config, same, sft_config, state_of
 from transformers import AutoModelForCausalLM
-from two_processes import GROUPS, SETTINGS, SPLITS, configs, updates
+from two_processes import CASES, GROUPS, SETTINGS, configs, updates
 
 from regrpo import cli
 from regrpo.collect import draw_groups, sample_starts
@@ -53,8 +53,7 @@ def expected(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("setting", "split"), CASES)
 def test_two_processes_give_the_gradient_of_one(two, expected, parallel, setting, split):
     _, results, _ = two
     gradients, metrics = results[parallel][setting, split]
