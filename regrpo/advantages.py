@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from regrpo.config import TrainConfig
+from regrpo.distributed import ALONE, Ranks
 from regrpo.options.down_sampling import max_variance_subset
 from regrpo.options.penalties import success_penalties
 from regrpo.options.step_advantages import spread_over_tokens, step_advantages
@@ -51,13 +52,14 @@ def advantages_of(
     if reward.lambda_val > 0 or reward.alpha is not None:
         scores = [verifier_scores(t) for t in trajectories]
         values = torch.tensor([verifier_value(s) for s in scores])
-        metrics |= {f"verifier/{name}": mean(s[name] for s in scores) for name in scores[0]}
+        names = scores[0] if scores else ()
+        metrics |= {f"verifier/{name}": mean(s[name] for s in scores) for name in names}
     success = torch.tensor([float(t.success) for t in trajectories])
     if options.penalty > 0:
         penalties, penalty_metrics = penalties_of(trajectories, groups, config)
         success -= penalties
         metrics |= penalty_metrics
-    ids = torch.tensor(groups)
+    ids = torch.tensor(groups, dtype=torch.int64)
     result = reflection_advantages(
         success,
         batch.segment_ids,
@@ -117,17 +119,21 @@ class Choice(NamedTuple):
 
 
 def choose(
-    result: ReflectionAdvantages, batch: PackedBatch, groups: Sequence[int], config: TrainConfig
+    result: ReflectionAdvantages,
+    batch: PackedBatch,
+    groups: Sequence[int],
+    config: TrainConfig,
+    ranks: Ranks = ALONE,
 ) -> Choice:
     """Which trajectories an update trains on. ``groups``: ids, equal ones side by side.
 
-    If no group has any advantage all are used: what is left is the KL term.
+    If no group of any process has an advantage all are used: what is left is the KL term.
     """
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
     live = _groups_with_advantage(result, batch, groups)
-    metrics = {"groups/with_variance": len(live) / len(members)}
+    metrics = {"groups/with_variance": len(live) / max(1, len(members))}
     keep = config.options.keep
     if keep is not None:
         advantages = result.advantages.tolist()
@@ -136,9 +142,9 @@ def choose(
             members[group] = [indices[i] for i in subset]
     kept = [i for indices in members.values() for i in indices]
     if keep is not None:
-        metrics["down_sampling/kept"] = len(kept) / len(groups)
+        metrics["down_sampling/kept"] = len(kept) / max(1, len(groups))
     used = kept
-    if config.zero_variance != "keep" and live:
+    if ranks.any(bool(live)) and config.zero_variance != "keep":
         used = [i for i in kept if groups[i] in live]
     metrics["groups/skipped"] = len(members) - len({groups[i] for i in used})
     return Choice(kept, used, metrics)

@@ -1,5 +1,6 @@
 """The ``regrpo`` command."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -86,20 +87,28 @@ def _pretrain(config: settings.PretrainConfig) -> None:
 
 
 def _sft(config: settings.SFTConfig) -> None:
+    from regrpo.distributed import Ranks
     from regrpo.sft import run_sft
 
-    with progress_bar() as progress:
-        path = run_sft(config, progress)
-    print(f"model: {path}")
+    with Ranks.from_environment() as ranks, progress_bar(shown=ranks.main) as progress:
+        path = run_sft(config, progress, ranks)
+    if ranks.main:
+        print(f"model: {path}")
 
 
 def _train(config: settings.TrainConfig) -> None:
+    from regrpo.distributed import Ranks
     from regrpo.environment import LocalEnvironment
     from regrpo.rl import run_rl
 
-    with LocalEnvironment() as environment, progress_bar() as progress:
-        path = run_rl(config, environment, progress)
-    print(f"model: {path}")
+    with (
+        Ranks.from_environment() as ranks,
+        LocalEnvironment() as environment,
+        progress_bar(shown=ranks.main) as progress,
+    ):
+        path = run_rl(config, environment, progress, ranks)
+    if ranks.main:
+        print(f"model: {path}")
 
 
 def _eval(config: settings.EvalConfig) -> None:
@@ -177,6 +186,8 @@ DATA_COMMANDS: tuple[Command, ...] = (
     ("verify", settings.DataVerifyConfig, _data_verify, "check records, one line a problem"),
     ("stats", settings.DataStatsConfig, _data_stats, "count what records hold"),
 )
+# Commands that torchrun and accelerate launch may start in several processes.
+DISTRIBUTED = ("sft", "train")
 # Options that take several paths: jsonargparse itself reads a list as one JSON argument only.
 SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {
     "source": ("--source", {"required": True, "help": ".json or .jsonl files"}),
@@ -220,11 +231,20 @@ def main(arguments: list[str] | None = None) -> None:
     names = ["data", parsed.data.data_command] if parsed.command == "data" else [parsed.command]
     commands = DATA_COMMANDS if parsed.command == "data" else COMMANDS
     config_type, action = next((c, a) for n, c, a, _ in commands if n == names[-1])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and names[0] not in DISTRIBUTED:
+        sys.exit(
+            f"regrpo {' '.join(names)}: started in {processes} processes; expected one "
+            f"(of several are {' and '.join(DISTRIBUTED)})"
+        )
     disable_loading_bars()
+    who = f"regrpo {' '.join(names)}"
+    if processes > 1:
+        who += f" (rank {os.environ.get('RANK')} of {processes})"
     try:
         values = vars(parser.instantiate(parsed)[".".join(names)])
         action(config_type(**{k: v for k, v in values.items() if k != "config"}))
     except (OSError, ValueError, NotImplementedError, RunError) as error:
-        sys.exit(f"regrpo {' '.join(names)}: {error}")
+        sys.exit(f"{who}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"regrpo {' '.join(names)}: interrupted; the same command resumes the run")
+        sys.exit(f"{who}: interrupted; the same command resumes the run")

@@ -11,6 +11,7 @@ from regrpo.advantages import group_ids
 from regrpo.confidence import with_confidences
 from regrpo.config import TrainConfig
 from regrpo.data_engine.build import demonstrate, local_starts
+from regrpo.distributed import ALONE, Ranks
 from regrpo.environment import Environment
 from regrpo.offline import offline_trajectories
 from regrpo.options.refinements import join_refinements
@@ -25,18 +26,22 @@ from regrpo.trajectory import Start
 def collect(
     training: Run, policy: LearningPolicy, environment: Environment, config: TrainConfig
 ) -> tuple[list[Trajectory], list[int], dict[str, float]]:
-    """The trajectories of an update, the ids of their groups, side by side, and metrics."""
-    options = config.options
+    """The trajectories of an update, the ids of their groups, side by side, and metrics.
+
+    Of several processes each has its share of the states, with their whole groups.
+    """
+    options, ranks = config.options, training.ranks
     step = training.step % options.repeat_after if options.repeat_after else training.step
     if config.mode == "offline":
-        fixed, metrics = offline_trajectories(config, policy.chat, environment, step)
+        fixed, metrics = offline_trajectories(config, policy.chat, environment, step, ranks)
         return fixed, group_ids(len(fixed), config.group_size), metrics
 
     def draw(number: int, count: int | None) -> list[Group]:
         # States behind those of the run's own steps, so no round meets a state again.
-        return draw_groups(config, policy, environment, number * config.steps + step, count)[0]
+        later = number * config.steps + step
+        return draw_groups(config, policy, environment, later, count, ranks)[0]
 
-    groups, metrics = draw_groups(config, policy, environment, step)
+    groups, metrics = draw_groups(config, policy, environment, step, ranks=ranks)
     if config.zero_variance == "resample":
         groups, more = resample(groups, draw, config.resample_rounds)
         metrics |= more
@@ -70,9 +75,11 @@ def draw_groups(
     environment: Environment,
     step: int,
     count: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[Group], dict[str, float]]:
-    """A group of sampled trajectories from each of the first ``count`` states of a step."""
-    starts = sample_starts(config, environment, step)[:count]
+    """A group of sampled trajectories from each of the first ``count`` of this process's states."""
+    # All processes draw the same states, so which there are does not depend on their number.
+    starts = sample_starts(config, environment, step)[ranks.rank :: ranks.size][:count]
     metrics: dict[str, float] = {}
     if config.own_states_share > 0:
         starts, metrics = with_own_states(config, policy, environment, starts, step)

@@ -50,17 +50,30 @@ def _packed_attention(
     if s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention sinks; expected none")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = tree_attention(
-        query,
-        key,
-        value,
-        plan,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        dropout=dropout,
-    )
+    with _autocast_by_hand(query.device.type) as dtype:
+        if dtype is not None:
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        out = tree_attention(
+            query,
+            key,
+            value,
+            plan,
+            scale=scaling,
+            window=sliding_window,
+            softcap=softcap,
+            dropout=dropout,
+        )
     return out[None], None
+
+
+@contextlib.contextmanager
+def _autocast_by_hand(device: str) -> Iterator[torch.dtype | None]:
+    """A block of operators that autocast does not know; what it would cast to, None without it."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        yield None
+        return
+    with torch.autocast(device, enabled=False):
+        yield torch.get_autocast_dtype(device)
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from regrpo.config import TrainConfig
 from regrpo.data_engine.build import demonstrate
 from regrpo.data_engine.contrast import Group, contrastive_groups
+from regrpo.distributed import ALONE, Ranks
 from regrpo.environment import Environment
 from regrpo.errors import RunError
 from regrpo.prompts import REFLECTION_OPENER
@@ -79,9 +80,15 @@ def run_groups(
 
 
 def offline_trajectories(
-    config: TrainConfig, chat: ChatFormat, environment: Environment, step: int
+    config: TrainConfig,
+    chat: ChatFormat,
+    environment: Environment,
+    step: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[Trajectory], dict[str, float]]:
     """The candidates of one update, a function of configuration and step, and metrics of them.
+
+    Of several processes each executes its share of the groups, which may be none.
 
     Raises:
         RunError: no task of the update has a near-miss.
@@ -95,10 +102,12 @@ def offline_trajectories(
             "expected one, choose more states"
         )
     names = config.candidates
+    without = len(demonstrations) - len(groups)
+    groups = groups[ranks.rank :: ranks.size]
     trajectories = run_groups(groups, names, chat, environment)
     metrics = {
         f"success/{name}": mean(t.success for t in trajectories[k :: len(names)])
         for k, name in enumerate(names)
     }
-    metrics["states/without_near_miss"] = float(len(demonstrations) - len(groups))
+    metrics["states/without_near_miss"] = float(without if ranks.main else 0)
     return trajectories, metrics

@@ -154,3 +154,10 @@ def collate(
         old_log_probs=old,
         tree=prefix_tree([t.input_ids for t in trajectories]) if share else None,
     )
+
+
+def blank() -> PackedBatch:
+    """A pack of one token, of which nothing is trained."""
+    batch = collate([TokenizedTrajectory([0], [int(Segment.CONTEXT)])], share=True)
+    zeros = torch.zeros(1)
+    return replace(batch, advantages=zeros, old_log_probs=zeros, ref_log_probs=zeros)

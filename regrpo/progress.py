@@ -13,7 +13,7 @@ def disable_loading_bars() -> None:
     disable_progress_bar()
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, shown: bool = True) -> Progress:
     """Description, bar, steps done and time left, on stderr."""
     return Progress(
         TextColumn("{task.description}"),
@@ -22,6 +22,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         speed_estimate_period=600,  # seconds: an update may take minutes
+        disable=not shown,
     )
 
 

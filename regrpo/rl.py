@@ -16,9 +16,8 @@ log-probs come from the sampler, and the reference is the model before the run (
 the adapter off).
 """
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,193 +27,26 @@ from transformers import PreTrainedTokenizerBase
 from regrpo.advantages import advantages_of, choose, group_ids
 from regrpo.collect import collect
 from regrpo.config import TrainConfig
+from regrpo.config.checks import require
+from regrpo.distributed import ALONE, Ranks
 from regrpo.environment import Environment
 from regrpo.errors import RunError
-from regrpo.losses import packed_log_probs, policy_loss
-from regrpo.modeling import (
-    CausalLM,
-    head,
-    hidden_states,
-    load_model,
-    load_tokenizer,
-    logit_softcap,
-)
-from regrpo.options.clip_bounds import adaptive_bounds
+from regrpo.learner import Learner
+from regrpo.modeling import CausalLM, load_tokenizer
 from regrpo.options.demonstrations import demonstration_tokens, hard_states
-from regrpo.options.refinements import shaped_slope
+from regrpo.packed_model import load_packed
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate, pack_groups
 from regrpo.progress import live_line
+from regrpo.rl_metrics import outcomes, over_ranks, pack_metrics, rollout_metrics
 from regrpo.rollout import LearningPolicy, Trajectory
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import TokenizedTrajectory
 from regrpo.served_adapter import ServedLearner
-from regrpo.sft import NLL
-from regrpo.trainer import Run, mean
+from regrpo.trainer import Run
 from regrpo.trajectory_log import TrajectoryLog
-from regrpo_kernels import Objective, ReflectionAdvantages
+from regrpo_kernels import ReflectionAdvantages
 
 WATCHED = ("reward/mean", "success", "recovery", "reflection/rate")
-
-
-def rollout_metrics(
-    trajectories: Sequence[Trajectory], result: ReflectionAdvantages, groups: Sequence[int]
-) -> dict[str, float]:
-    """What the sampled trajectories of an update did; without what joined their groups."""
-    own = [i for i, t in enumerate(trajectories) if t.origin == "policy"]
-    sampled = [trajectories[i] for i in own]
-    corrected = [t for t in sampled if any(turn.correction for turn in t.turns)]
-    free = [t for t in sampled if not t.start.failed]
-    outcomes: dict[int, set[bool]] = {}
-    for i in own:
-        outcomes.setdefault(groups[i], set()).add(trajectories[i].success)
-    rewards = result.rewards[own]
-    return {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std().item(),
-        "success": mean(t.success for t in sampled),
-        "success/first_try": mean(
-            t.success and not any(turn.correction for turn in t.turns) for t in free
-        ),
-        "recovery": mean(t.success for t in corrected),
-        "reflection/rate": mean(any(u.reflection_tokens for u in t.turns) for t in sampled),
-        "reflection/tokens": mean(t.reflection_tokens for t in corrected),
-        "reflection/unneeded": mean(
-            any(turn.reflection_tokens and not turn.correction for turn in t.turns) for t in free
-        ),
-        "completion/tokens": mean(t.trained_tokens for t in sampled),
-        "groups/all_succeeded": mean(seen == {True} for seen in outcomes.values()),
-        "groups/all_failed": mean(seen == {False} for seen in outcomes.values()),
-    }
-
-
-class Learner:
-    """The model with its reference, and the clipped update.
-
-    The reference is kept as the trained parameters at the time of construction: all of a model, or
-    an adapter's (which need not have started as zero), and never a second model.
-    """
-
-    def __init__(self, model: CausalLM, config: TrainConfig):
-        self.model = model
-        self.config = config
-        ratio_level = config.options.ratio_level
-        constant = config.kl_estimator == "k1-constant"
-        self._advantage_shift = config.beta if constant else 0.0
-        turns = 2 * (config.max_steps if config.mode == "episodes" else 1)
-        self.objective = Objective(
-            policy=config.policy,
-            ratio_level="token" if ratio_level == "token" else "sequence",
-            epsilon_low=config.epsilon_low,
-            epsilon_high=config.epsilon_high,
-            beta=0.0 if constant else config.beta,
-            kl_estimator="k1" if constant else config.kl_estimator,
-            temperature=config.temperature,
-            softcap=logit_softcap(model),
-            loss_agg_mode=config.loss_agg_mode,
-            max_completion_length=turns * config.max_new_tokens,
-        )
-        self._start: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        if config.beta > 0:
-            trained = (p for p in model.parameters() if p.requires_grad)
-            self._start = [(p, p.detach().clone()) for p in trained]
-
-    @contextlib.contextmanager
-    def _reference(self) -> Iterator[None]:
-        now = [(p, p.data) for p, _ in self._start]
-        try:
-            for parameter, data in self._start:
-                parameter.data = data
-            yield
-        finally:
-            for parameter, data in now:
-                parameter.data = data
-
-    @torch.no_grad()
-    def log_probs(self, batch: PackedBatch) -> torch.Tensor:
-        """Log-probabilities [T] of the trained tokens, now."""
-        hidden = hidden_states(self.model, batch)
-        objective = self.objective
-        return packed_log_probs(
-            hidden, *head(self.model), batch, objective.temperature, objective.softcap
-        )
-
-    def reference_log_probs(self, batch: PackedBatch) -> torch.Tensor | None:
-        """Log-probabilities [T] under the reference; None where no KL is asked for."""
-        if self.config.beta == 0:
-            return None
-        with self._reference():
-            return self.log_probs(batch)
-
-    def adapt_clipping(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
-        """Sets the clip bounds for what the policy makes of an update's tokens now."""
-        config, options = self.config, self.config.options
-        if options.clip_target is None or not packs:
-            return {}
-        ratios, advantages = [], []
-        for batch in packs:
-            assert batch.old_log_probs is not None
-            assert batch.advantages is not None
-            ratios.append((self.log_probs(batch) - batch.old_log_probs)[batch.loss_mask])
-            advantages.append(batch.advantages[batch.loss_mask])
-        bounds = adaptive_bounds(
-            torch.cat(ratios),
-            torch.cat(advantages),
-            low=1 - config.epsilon_low,
-            high=1 + config.epsilon_high,
-            low_max=options.clip_low_max,
-            high_max=options.clip_high_max,
-            step=options.clip_step,
-            target=options.clip_target,
-        )
-        self.objective = replace(
-            self.objective, epsilon_low=1 - bounds.low, epsilon_high=bounds.high - 1
-        )
-        return {f"clip_bounds/{name}": value for name, value in bounds._asdict().items()}
-
-    def backward(self, batch: PackedBatch, normalizer: float) -> dict[str, float]:
-        """Accumulates the gradient of one pack; returns the loss's metrics."""
-        if self._advantage_shift:
-            assert batch.advantages is not None
-            batch = replace(batch, advantages=batch.advantages - self._advantage_shift)
-        hidden = hidden_states(self.model, batch)
-        by_segment = self.config.options.ratio_level == "segment"
-        out = policy_loss(
-            hidden, *head(self.model), batch, self.objective, normalizer, by_segment=by_segment
-        )
-        out.loss.backward()
-        metrics = {"loss": out.loss.item(), **{k: v.item() for k, v in out.metrics.items()}}
-        if batch.old_log_probs is not None:
-            moved = (out.log_probs - batch.old_log_probs[batch.loss_mask]).abs()
-            metrics["log_probs/moved"] = moved.mean().item()
-        return metrics
-
-    def backward_refinements(self, batch: PackedBatch, normalizer: float) -> None:
-        """Accumulates the gradient of refinements, by their shaped ratio."""
-        assert batch.advantages is not None
-        hidden = hidden_states(self.model, batch)
-        objective = self.objective
-        now = packed_log_probs(
-            hidden, *head(self.model), batch, objective.temperature, objective.softcap
-        )
-        shaped = batch.advantages * shaped_slope(now, self.config.options.refinement_gamma)
-        objective = replace(objective, policy="reinforce", ratio_level="token", beta=0.0)
-        batch = replace(batch, advantages=shaped, ref_log_probs=None)
-        policy_loss(hidden, *head(self.model), batch, objective, normalizer).loss.backward()
-
-    def backward_demonstrations(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
-        """Accumulates the gradient of demonstrations; returns their metrics."""
-        weight = self.config.options.demonstration_weight
-        if weight == 0:
-            return {}
-        count = float(sum(batch.loss_mask.sum().item() for batch in packs))
-        total = 0.0
-        for batch in packs:
-            hidden = hidden_states(self.model, batch)
-            loss = policy_loss(hidden, *head(self.model), batch, NLL, count / weight).loss
-            loss.backward()
-            total += loss.item()
-        sequences = sum(len(batch.cu_seqlens) - 1 for batch in packs)
-        return {"demonstration/count": sequences, "demonstration/nll": total / weight}
 
 
 def learning_policy(
@@ -240,22 +72,35 @@ def learning_policy(
     )
 
 
-def run_rl(config: TrainConfig, environment: Environment, progress: Progress | None = None) -> str:
+def run_rl(
+    config: TrainConfig,
+    environment: Environment,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+) -> str:
     """Trains, resuming a former run of the same configuration; returns the model's folder.
 
     A server that samples is asked for before anything is written, and takes the learner's adapter,
     that of a checkpoint or of the update before, at every step.
+
+    Args:
+        ranks: the processes that train together; each samples from its share of the states.
+
+    Raises:
+        ValueError: more processes than states, or an option that needs all rewards in one process.
     """
+    require_fitting(config, ranks)
     tokenizer = load_tokenizer(config.model)
     torch.manual_seed(config.seed)  # a new adapter is drawn
-    lora = config.lora
-    model = load_model(
-        config.model, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets
-    )
-    learner = Learner(model, config)  # copies the reference before a checkpoint is loaded
+    packed = load_packed(config, ranks)
+    model = packed.model
+    # Copies the reference before a checkpoint is loaded.
+    learner = Learner(model, config, packed=packed, ranks=ranks)
     policy = learning_policy(config, model, tokenizer)
     model.eval()  # with dropout the learner would not be the policy that sampled
-    with Run(config.out, config, model, tokenizer, config.optim, config.steps) as training:
+    with Run(
+        config.out, config, model, tokenizer, config.optim, config.steps, ranks=ranks
+    ) as training:
         bar = (
             progress.add_task("train", total=config.steps, completed=training.step)
             if progress
@@ -264,11 +109,13 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
         log = TrajectoryLog(training, config.log_trajectories_every, config.log_groups)
         while training.step < config.steps:
             began = time.perf_counter()
-            policy.renew(1_000_003 * config.seed + training.step)
-            trajectories, groups, collected = collect(training, policy, environment, config)
+            policy.renew(ranks.seed(config.seed, training.step))
+            with packed.sampling():
+                trajectories, groups, own = collect(training, policy, environment, config)
+            collected = over_ranks(ranks, own, len(trajectories))
             metrics = update(training, learner, trajectories, groups, log) | collected
             metrics["time/step_s"] = time.perf_counter() - began
-            tokens = sum(len(t.tokens) for t in trajectories)
+            tokens = ranks.sum(sum(len(t.tokens) for t in trajectories))
             metrics["time/tokens_per_s"] = tokens / metrics["time/step_s"]
             training.log(metrics)
             training.finish_step(config.save_every)
@@ -277,6 +124,28 @@ def run_rl(config: TrainConfig, environment: Environment, progress: Progress | N
                 progress.update(bar, advance=1, description=line)
         training.save_model()
         return str(training.model_path)
+
+
+def require_fitting(config: TrainConfig, ranks: Ranks) -> None:
+    """Raises a ``ValueError`` for what so many processes cannot do."""
+    require(
+        config.states >= ranks.size,
+        "states",
+        config.states,
+        f"at least one for each of the {ranks.size} processes",
+    )
+    require(
+        ranks.size == 1 or config.reward.scale != "batch",
+        "reward.scale",
+        config.reward.scale,
+        f"group or none with {ranks.size} processes, of which none has all rewards",
+    )
+    require(
+        ranks.size == 1 or config.rollout.backend == "local",
+        "rollout.backend",
+        config.rollout.backend,
+        f"local with {ranks.size} processes, which would each send their adapter",
+    )
 
 
 def update(
@@ -288,50 +157,66 @@ def update(
 ) -> dict[str, float]:
     """One update from the trajectories of whole groups; returns its metrics.
 
+    Of several processes each brings trajectories of its own, or none, and all of them have the
+    metrics of the whole update.
+
     Args:
         groups: ids of the trajectories' groups, equal ones side by side; None for consecutive
             groups of ``group_size``.
     """
-    config = learner.config
+    config, ranks = learner.config, learner.ranks
     groups = groups or group_ids(len(trajectories), config.group_size)
     sampled = config.mode != "offline"
     full = collate([t.tokens for t in trajectories], with_old_log_probs=sampled)
     result, reward_metrics = advantages_of(trajectories, full, config, groups)
     if log:
         log.write(trajectories, result, groups)
-    choice = choose(result, full, groups, config)
-    metrics = rollout_metrics(trajectories, result, groups) | reward_metrics | choice.metrics
-    used, metrics["skipped/too_long"] = within(
-        choice.used, [t.tokens for t in trajectories], config.batch_tokens
+    choice = choose(result, full, groups, config, ranks)
+    used, too_long = within(
+        choice.used, [t.tokens for t in trajectories], config.batch_tokens, ranks
     )
 
     def packs_from(*origins: str) -> list[PackedBatch]:
         indices = [i for i in used if trajectories[i].origin in origins]
         packs = pack_chosen(indices, groups, trajectories, full, result, config.batch_tokens)
-        return [batch.to(training.device) for batch in packs]
+        packs = [batch.to(training.device) for batch in packs]
+        return learner.packed.equal_passes(packs, ranks)
 
     packs, refined = packs_from("policy", "replay"), packs_from("refinement")
     packs = [replace(b, ref_log_probs=learner.reference_log_probs(b)) for b in packs]
-    demonstrations = pack_demonstrations(training, trajectories, groups, config)
-    # What the mean is over, in the whole update: its packs add up to the same gradient.
+    demonstrations = learner.packed.equal_passes(
+        pack_demonstrations(training, trajectories, groups, config), ranks
+    )
+    # What the mean is over, in the whole update: its packs add up to the same gradient, in
+    # whichever process they are.
     count = sum(trajectories[i].trained_tokens for i in choice.kept)
-    normalizer = float(count if config.loss_agg_mode == "token-mean" else len(choice.kept))
+    own = count if config.loss_agg_mode == "token-mean" else len(choice.kept)
+    normalizer = float(ranks.sum(own))
+    steps: dict[str, float] = {}
+    before: dict[str, float] = {}
     for epoch in range(config.epochs):
-        metrics |= learner.adapt_clipping(packs)
+        steps |= learner.adapt_clipping(packs)
         parts = [learner.backward(batch, normalizer) for batch in packs]
         if epoch == 0 and parts and sampled:
             # Before anything was learned: how far the sampler's numerics are from the learner's.
-            metrics["log_probs/sampler"] = mean_metrics(parts, packs)["log_probs/moved"]
+            before = {"log_probs/sampler": pack_metrics(parts, packs)["log_probs/moved"]}
         for batch in refined:
             learner.backward_refinements(batch, normalizer)
-        metrics |= learner.backward_demonstrations(demonstrations)
-        metrics["grad_norm"] = training.update()
-    metrics |= mean_metrics(parts, packs) | {"lr": training.lr}
+        taught = learner.backward_demonstrations(demonstrations)
+        steps["grad_norm"] = training.update()
     trained = [*packs, *refined]
-    metrics["trajectories"] = len(trajectories)
-    metrics["tokens"] = config.epochs * sum(len(batch.input_ids) for batch in trained)
-    metrics["trained_tokens"] = config.epochs * sum(int(b.loss_mask.sum()) for b in trained)
-    return metrics
+    trained_tokens = sum(int(b.loss_mask.sum()) for b in trained)
+    of_rollouts = reward_metrics | choice.metrics | {"skipped/too_long": too_long}
+    of_packs = pack_metrics(parts, packs) | before
+    of_update = {
+        "trajectories": len(trajectories),
+        "tokens": config.epochs * sum(len(b.input_ids) for b in trained if b.loss_mask.any()),
+        "trained_tokens": config.epochs * trained_tokens,
+    }
+    metrics = rollout_metrics(ranks.gather(outcomes(trajectories, result.rewards, groups)))
+    metrics |= over_ranks(ranks, of_rollouts | taught | of_update, len(trajectories))
+    weight = sum(int(b.loss_mask.sum()) for b in packs)
+    return metrics | over_ranks(ranks, of_packs, weight) | steps | {"lr": training.lr}
 
 
 def pack_chosen(
@@ -370,38 +255,22 @@ def pack_demonstrations(
     return [collate([shown[i] for i in pack]).to(training.device) for pack in packs]
 
 
-def mean_metrics(
-    parts: Sequence[dict[str, float]], packs: Sequence[PackedBatch]
-) -> dict[str, float]:
-    """Of the packs of an update: losses add up, others are means over trained tokens, or bounds."""
-    if not parts:  # what joined a group was all that was chosen of it
-        return {"loss": 0.0}
-    trained = [float(batch.loss_mask.sum()) for batch in packs]
-    metrics = {"loss": sum(part["loss"] for part in parts)}
-    for name in parts[0]:
-        if name == "loss":
-            continue
-        values = [part[name] for part in parts]
-        if name.endswith(("/min", "/max")):
-            metrics[name] = min(values) if name.endswith("/min") else max(values)
-        else:
-            weighted = sum(v * n for v, n in zip(values, trained, strict=True))
-            metrics[name] = weighted / sum(trained)
-    return metrics
-
-
 def within(
-    indices: Sequence[int], tokens: Sequence[TokenizedTrajectory], batch_tokens: int
+    indices: Sequence[int],
+    tokens: Sequence[TokenizedTrajectory],
+    batch_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[int], int]:
     """Those of the trajectories that a pass has room for, and how many of them are too long.
 
     Raises:
-        RunError: all of them.
+        RunError: all of them are, in all processes.
     """
     kept = [i for i in indices if len(tokens[i]) <= batch_tokens]
-    if not kept:
+    if not ranks.any(bool(kept)):
+        shortest = min(ranks.gather(min((len(tokens[i]) for i in indices), default=1 << 62)))
         raise RunError(
             f"batch_tokens is {batch_tokens}, and the shortest trajectory of an update has "
-            f"{min(len(tokens[i]) for i in indices)} tokens; raise batch_tokens"
+            f"{shortest} tokens; raise batch_tokens"
         )
     return kept, len(indices) - len(kept)

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from regrpo.config import SFTConfig, SourceConfig
 from regrpo.data_engine.recorded import failed_turns
+from regrpo.distributed import ALONE, Ranks
 from regrpo.losses import policy_loss
-from regrpo.modeling import head, hidden_states, load_model, load_tokenizer, logit_softcap
-from regrpo.packing import collate
+from regrpo.modeling import load_tokenizer, logit_softcap
+from regrpo.packed_model import PackedModel, load_packed
+from regrpo.packing import PackedBatch, best_fit_decreasing, collate
 from regrpo.progress import live_line
 from regrpo.provenance import provenance
 from regrpo.records import Record, read_records
@@ -117,21 +119,51 @@ def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[li
         epoch += 1
 
 
-def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
-    """Trains, resuming a former run of the same configuration; returns the model's folder."""
+def share(
+    batch: Sequence[int],
+    trajectories: Sequence[TokenizedTrajectory],
+    micro_batch_tokens: int | None,
+    ranks: Ranks,
+) -> list[PackedBatch]:
+    """This process's part of a batch, in packs of one pass each; none if it has no part."""
+    own = [trajectories[i] for i in batch[ranks.rank :: ranks.size]]
+    if micro_batch_tokens is None:
+        return [collate(own)] if own else []
+    packs = best_fit_decreasing([len(t) for t in own], micro_batch_tokens)
+    return [collate([own[i] for i in pack]) for pack in packs]
+
+
+def backward(
+    packed: PackedModel, packs: Sequence[PackedBatch], objective: Objective, normalizer: float
+) -> float:
+    """Accumulates the gradient of packs of a step; returns their part of its loss."""
+    total = 0.0
+    for pack in packs:
+        loss = policy_loss(packed(pack), *packed.head(), pack, objective, normalizer).loss
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def run_sft(config: SFTConfig, progress: Progress | None = None, ranks: Ranks = ALONE) -> str:
+    """Trains, resuming a former run of the same configuration; returns the model's folder.
+
+    Args:
+        ranks: the processes that train together; each takes its part of every batch.
+    """
     tokenizer = load_tokenizer(config.model)
     trajectories, skipped = load_trajectories(tokenizer, config.data, config.max_length)
     torch.manual_seed(config.seed)  # a new adapter is drawn, and dropout
-    lora = config.lora
-    model = load_model(
-        config.model, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets
-    )
-    for reason, count in skipped.items():
+    packed = load_packed(config, ranks)
+    model = packed.model
+    if not ranks.main:
+        torch.manual_seed(ranks.seed(config.seed))  # dropout of its own
+    for reason, count in skipped.items() if ranks.main else ():
         print(f"left out {count} records: {reason}")
     model.train()
     objective = replace(NLL, softcap=logit_softcap(model))
     files = [source.path for source in config.data]
-    with Run(config.out, config, model, tokenizer, config.optim, config.steps, files) as run:
+    with Run(config.out, config, model, tokenizer, config.optim, config.steps, files, ranks) as run:
         task = (
             progress.add_task("sft", total=config.steps, completed=run.step) if progress else None
         )
@@ -140,19 +172,20 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> str:
             next(order)
         while run.step < config.steps:
             began = time.perf_counter()
-            batch = collate([trajectories[i] for i in next(order)]).to(run.device)
-            trained = batch.loss_mask.sum()
-            hidden = hidden_states(model, batch)
-            loss = policy_loss(hidden, *head(model), batch, objective, trained).loss
-            loss.backward()
+            batch = next(order)
+            own = share(batch, trajectories, config.micro_batch_tokens, ranks)
+            packs = packed.equal_passes([pack.to(run.device) for pack in own], ranks)
+            trained = ranks.sum(sum(int(pack.loss_mask.sum()) for pack in packs))
+            loss = ranks.sum(backward(packed, packs, objective, float(trained)))
             norm = run.update()
+            tokens = sum(len(trajectories[i]) for i in batch)
             metrics = {
-                "loss": loss.item(),
+                "loss": loss,
                 "grad_norm": norm,
                 "lr": run.lr,
-                "tokens": len(batch.labels),
-                "trained_tokens": trained.item(),
-                "time/tokens_per_s": len(batch.labels) / (time.perf_counter() - began),
+                "tokens": tokens,
+                "trained_tokens": trained,
+                "time/tokens_per_s": tokens / (time.perf_counter() - began),
             }
             run.log(metrics)
             run.finish_step(config.save_every)

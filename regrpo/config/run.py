@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from regrpo.config.checks import require
 
 TRACKERS = ("wandb", "trackio")
+SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("auto", "float32", "bfloat16")
+PARALLEL = ("ddp", "fsdp")
 
 
 def check_logging(log_to: tuple[str, ...], keep_checkpoints: int) -> None:
@@ -13,19 +16,27 @@ def check_logging(log_to: tuple[str, ...], keep_checkpoints: int) -> None:
     require(keep_checkpoints > 0, "keep_checkpoints", keep_checkpoints, "1 or more")
 
 
+def check_execution(dtype: str, parallel: str) -> None:
+    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    require(parallel in PARALLEL, "parallel", parallel, f"one of {', '.join(PARALLEL)}")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, a plateau, and linear decay over the second half.
+    """AdamW, and a learning rate that warms up linearly and then follows a schedule.
 
     Args:
         lr: peak learning rate.
-        warmup_steps: steps to reach it.
-        final_lr_share: share of the peak at the last step.
+        schedule: behind the warm-up: "linear", a plateau, then linear decay over the second half of
+            the steps; "cosine", half a cosine from the warm-up's end on; "constant".
+        warmup_steps: steps to reach the peak.
+        final_lr_share: share of the peak that linear and cosine decay to.
         weight_decay: decoupled weight decay of matrices.
         grad_clip: gradient norm limit.
     """
 
     lr: float = 1e-3
+    schedule: str = "linear"
     warmup_steps: int = 10
     final_lr_share: float = 0.02
     weight_decay: float = 0.01
@@ -33,7 +44,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        schedule, share = self.schedule, self.final_lr_share
+        require(schedule in SCHEDULES, "optim.schedule", schedule, f"one of {', '.join(SCHEDULES)}")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= share <= 1, "optim.final_lr_share", share, "between 0 and 1")
         require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "a positive number")
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from regrpo.config.checks import require
-from regrpo.config.run import LoraSettings, OptimConfig, check_logging
+from regrpo.config.run import LoraSettings, OptimConfig, check_execution, check_logging
 from regrpo.provenance import PROVENANCES
 
 
@@ -92,10 +92,17 @@ class SFTConfig:
         out: folder of the run.
         data: data files.
         steps: optimizer steps.
-        batch_tokens: tokens a step, at most.
+        batch_tokens: tokens a step, at most, of all processes together.
+        micro_batch_tokens: tokens of one forward and backward pass, at most; a step adds the passes
+            up. null for one pass a step and process.
         max_length: longest sequence; longer ones are counted and left out.
         optim: the optimizer.
         lora: adapter settings.
+        dtype: of the computation: "float32", "bfloat16", or "auto", what the model is saved in;
+            weights that are trained are float32 in any case.
+        gradient_checkpointing: keep the activations of layer boundaries only and compute the rest
+            again in the backward pass.
+        parallel: of several processes: "ddp", each has the whole model, or "fsdp", they share it.
         save_every: steps between checkpoints.
         keep_checkpoints: the newest checkpoints, so many, are kept.
         log_to: "wandb", "trackio" or both, beside metrics.jsonl and TensorBoard.
@@ -107,9 +114,13 @@ class SFTConfig:
     data: list[SourceConfig]
     steps: int = 400
     batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
     max_length: int = 1024
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    parallel: str = "ddp"
     save_every: int = 100
     keep_checkpoints: int = 2
     log_to: tuple[str, ...] = ()
@@ -126,3 +137,11 @@ class SFTConfig:
             self.max_length,
             f"at most batch_tokens={self.batch_tokens}",
         )
+        micro = self.micro_batch_tokens
+        require(
+            micro is None or micro >= self.max_length,
+            "micro_batch_tokens",
+            micro,
+            f"at least max_length={self.max_length}, or null",
+        )
+        check_execution(self.dtype, self.parallel)

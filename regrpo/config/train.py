@@ -6,7 +6,7 @@ from regrpo.config.checks import require
 from regrpo.config.options import OptionsConfig
 from regrpo.config.rewards import RewardConfig
 from regrpo.config.rollout import RolloutConfig
-from regrpo.config.run import LoraSettings, OptimConfig, check_logging
+from regrpo.config.run import LoraSettings, OptimConfig, check_execution, check_logging
 from regrpo.config.tasks import TaskConfig
 from regrpo.config.trigger import TriggerConfig
 
@@ -34,7 +34,7 @@ class TrainConfig:
         reflect: open a reflection block after a typed failure; False is GRPO with plain retries.
         trigger: what else opens one.
         steps: updates.
-        states: states an update.
+        states: states an update, of all processes together.
         group_size: trajectories a state (K).
         candidates: of a state offline, group_size of them: one_shot, plain_retry, recovery,
             failed_recovery, long_recovery, bare_recovery; the official release has all but
@@ -68,6 +68,11 @@ class TrainConfig:
         options: options from neighbouring work.
         optim: the optimizer.
         lora: adapter settings.
+        dtype: of the computation: "float32", "bfloat16", or "auto", what the model is saved in;
+            weights that are trained are float32 in any case.
+        gradient_checkpointing: keep the activations of layer boundaries only and compute the rest
+            again in the backward pass.
+        parallel: of several processes: "ddp", each has the whole model, or "fsdp", they share it.
         save_every: updates between checkpoints.
         keep_checkpoints: the newest checkpoints, so many, are kept.
         log_to: "wandb", "trackio" or both, beside metrics.jsonl and TensorBoard.
@@ -107,6 +112,9 @@ class TrainConfig:
     options: OptionsConfig = field(default_factory=OptionsConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     lora: LoraSettings = field(default_factory=LoraSettings)
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    parallel: str = "ddp"
     save_every: int = 25
     keep_checkpoints: int = 2
     log_to: tuple[str, ...] = ()
@@ -148,6 +156,7 @@ class TrainConfig:
         require(self.save_every > 0, "save_every", self.save_every, "1 or more")
         self.trigger.require_reflect(self.reflect)
         self._require_fitting_mode()
+        check_execution(self.dtype, self.parallel)
         check_logging(self.log_to, self.keep_checkpoints)
         every = self.log_trajectories_every
         require(every >= 0, "log_trajectories_every", every, "0 or more")

@@ -9,10 +9,11 @@ import torch
 from regrpo.advantages import advantages_of
 from regrpo.collect import sample_starts
 from regrpo.config import LoraSettings, OptimConfig, RewardConfig, TrainConfig
+from regrpo.learner import Learner
 from regrpo.losses import packed_log_probs, policy_loss
 from regrpo.modeling import head, hidden_states, load_model
 from regrpo.packing import collate
-from regrpo.rl import Learner, update
+from regrpo.rl import update
 from regrpo.rollout import Trajectory, run
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import TokenizedTrajectory

@@ -10,9 +10,10 @@ from runs import rl_config
 from regrpo.config import CANDIDATES, OptimConfig, RewardConfig, TaskConfig
 from regrpo.data_engine.contrast import contrastive_groups
 from regrpo.errors import RunError
+from regrpo.learner import Learner
 from regrpo.offline import Script, offline_trajectories, run_groups
 from regrpo.prompts import REFLECTION_OPENER
-from regrpo.rl import Learner, update
+from regrpo.rl import update
 from regrpo.rollout import run
 from regrpo.segments import ChatFormat
 from regrpo.tools import Status

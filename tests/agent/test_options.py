@@ -15,6 +15,7 @@ from runs import metrics_of, rl_config, same, state_of
 from regrpo.advantages import advantages_of, choose, group_ids
 from regrpo.config import LoraSettings, OptimConfig, OptionsConfig, RewardConfig, TrainConfig
 from regrpo.data_engine.build import local_starts
+from regrpo.learner import Learner
 from regrpo.losses import policy_loss
 from regrpo.modeling import head, hidden_states
 from regrpo.options.clip_bounds import adaptive_bounds
@@ -28,7 +29,7 @@ from regrpo.options.segment_ratios import segment_bounds
 from regrpo.options.step_advantages import spread_over_tokens, step_advantages
 from regrpo.packing import collate
 from regrpo.prompts import REFLECTION_OPENER, opening
-from regrpo.rl import Learner, run_rl, update
+from regrpo.rl import run_rl, update
 from regrpo.rollout import Trajectory, TurnRecord, run
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat
@@ -726,7 +727,10 @@ def test_with_every_option_a_resumed_run_is_the_uninterrupted_one(
         assert all(math.isfinite(line[name]) for line in expected), name
     assert expected[-1]["replay/stored"] > 0
     assert sum(line["demonstration/count"] for line in expected) > 0
-    assert len(state_of(tmp_path / "whole")["extra"]["replay"]) == expected[-1]["replay/stored"]
+    assert (
+        len(state_of(tmp_path / "whole")["ranks"][0]["extra"]["replay"])
+        == expected[-1]["replay/stored"]
+    )
     finish = Run.finish_step
 
     def stop(self, save_every):

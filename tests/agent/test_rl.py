@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from regrpo.config import TrainConfig
-from regrpo.rl import Learner, update
+from regrpo.learner import Learner
+from regrpo.rl import update
 from regrpo.rollout import Trajectory, TurnRecord, task_start
 from regrpo.segments import TokenizedTrajectory
 from regrpo.tasks import generate_tasks

@@ -126,6 +126,33 @@ def test_learning_rate():
     assert learning_rate(0, 1, OptimConfig(lr=1.0, warmup_steps=0)) == 1.0
 
 
+def test_cosine_and_constant_schedules():
+    shape = {"lr": 2.0, "warmup_steps": 4, "final_lr_share": 0.1}
+    cosine = [
+        learning_rate(step, 24, OptimConfig(schedule="cosine", **shape)) for step in range(25)
+    ]
+    constant = [
+        learning_rate(step, 24, OptimConfig(schedule="constant", **shape)) for step in range(25)
+    ]
+    assert cosine[:4] == constant[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert constant[4:] == [2.0] * 21
+    assert cosine[4] == 2.0
+    assert cosine[9] == pytest.approx(2 * (0.1 + 0.9 * (1 + 0.5**0.5) / 2))
+    assert cosine[14] == pytest.approx(2 * 0.55)
+    assert cosine[24] == pytest.approx(2 * 0.1)
+    assert cosine[4:] == sorted(cosine[4:], reverse=True)
+    # A warm-up as long as the run, or longer, is all there is.
+    longer = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine")
+    assert [learning_rate(step, 3, longer) for step in range(3)] == [0.1, 0.2, 0.3]
+
+
+def test_a_schedule_is_what_a_run_follows(base, tmp_path):
+    optim = OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=2)
+    run_sft(sft_config(base, tmp_path, optim=optim))
+    lines = metrics_of(tmp_path)
+    assert [line["lr"] for line in lines] == [learning_rate(s, 6, optim) for s in range(6)]
+
+
 def test_only_matrices_decay(model):
     matrices, vectors = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
