@@ -197,9 +197,10 @@ def update(
     for epoch in range(config.epochs):
         steps |= learner.adapt_clipping(packs)
         parts = [learner.backward(batch, normalizer) for batch in packs]
-        if epoch == 0 and parts and sampled:
+        now = pack_metrics(parts, packs)
+        if epoch == 0 and "log_probs/moved" in now:
             # Before anything was learned: how far the sampler's numerics are from the learner's.
-            before = {"log_probs/sampler": pack_metrics(parts, packs)["log_probs/moved"]}
+            before = {"log_probs/sampler": now["log_probs/moved"]}
         for batch in refined:
             learner.backward_refinements(batch, normalizer)
         taught = learner.backward_demonstrations(demonstrations)
@@ -207,7 +208,7 @@ def update(
     trained = [*packs, *refined]
     trained_tokens = sum(int(b.loss_mask.sum()) for b in trained)
     of_rollouts = reward_metrics | choice.metrics | {"skipped/too_long": too_long}
-    of_packs = pack_metrics(parts, packs) | before
+    of_packs = now | before
     of_update = {
         "trajectories": len(trajectories),
         "tokens": config.epochs * sum(len(b.input_ids) for b in trained if b.loss_mask.any()),
