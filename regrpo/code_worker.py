@@ -89,7 +89,9 @@ def _preload(kind: str) -> list[ModuleType]:
     import matplotlib.pyplot as plt
 
     # Drawing once loads fonts and codecs.
-    plt.figure().text(0, 0, "$x^2$").figure.savefig(io.BytesIO(), format="png")
+    figure = plt.figure()
+    figure.text(0, 0, "$x^2$")
+    figure.savefig(io.BytesIO(), format="png")
     plt.close("all")
     return [sympy, mpmath, numpy, matplotlib]
 

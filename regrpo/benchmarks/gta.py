@@ -88,6 +88,8 @@ def read_gta(data: str | Path) -> GtaData:
 
 
 def _task(name: str, raw: dict[str, Any]) -> GtaTask:
+    if Path(name).name != name:  # it names a page of the report
+        raise ValueError(f"task id {name!r}; expected one without slashes")
     tools = tuple(tool["name"] for tool in raw["tools"])
     unknown = set(tools) - GTA_TOOLS.keys()
     if unknown:
@@ -110,6 +112,8 @@ def _task(name: str, raw: dict[str, Any]) -> GtaTask:
             raise ValueError(f"a turn of {seen['role']!r} behind a call; expected 'tool'")
         function = made["function"]
         call = ToolCall(_text(function["name"]), (), dict(function["arguments"]))
+        if call.name not in GTA_TOOLS:
+            raise ValueError(f"unknown tool {call.name!r}")
         call.render()  # raises for what no call can hold
         thought = " ".join(turn.get("thought", "").replace("```", "").split())
         steps.append(GtaStep(call, thought, _text(seen["content"]["content"])))

@@ -109,7 +109,7 @@ def _name(node: ast.expr) -> str | None:
 
 
 def _named(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    name = _name(node)
+    name = _name(node) or ""
     if name not in names:
         raise NameError(f"name '{name}' is not defined")
     return names[name]

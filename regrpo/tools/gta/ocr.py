@@ -19,8 +19,8 @@ class Reader:
             from rapidocr import RapidOCR
         except ImportError as error:
             raise RunError(
-                f"the local OCR needs RapidOCR ({error}): pip install 'regrpo[tools]', or leave OCR "
-                "out of bench.local_tools"
+                f"the local OCR needs RapidOCR ({error}): pip install 'regrpo[tools]', or leave "
+                "OCR out of bench.local_tools"
             ) from error
         self._engine: Any = RapidOCR(params={"Global.log_level": "error"})
 
