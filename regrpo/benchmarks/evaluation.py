@@ -5,10 +5,11 @@ In the folder of the run: ``episodes.jsonl`` (a journal; a killed run goes on fr
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.progress import Progress
 
@@ -25,6 +26,22 @@ from regrpo.records import write_atomically
 JOURNAL, REPORT, PAGE = "episodes.jsonl", "report.json", "report.md"
 
 
+class Run(Protocol):
+    """A benchmark with its tools ready; ``digest`` is that of its data."""
+
+    digest: str
+
+    def episodes(self) -> Iterator[Episode]:
+        """All of them, whether or not they have been run."""
+        ...
+
+    def report(
+        self, done: Mapping[str, Entry]
+    ) -> tuple[dict[str, Any], str, list[tuple[str, str]]]:
+        """The report as JSON and as Markdown, and the pages of the tasks by name."""
+        ...
+
+
 def run_benchmark(config: EvalConfig, progress: Progress | None = None) -> str:
     """Evaluates a model on a benchmark; returns the report's table.
 
@@ -34,8 +51,11 @@ def run_benchmark(config: EvalConfig, progress: Progress | None = None) -> str:
     """
     assert config.benchmark is not None
     out = Path(config.out or f"runs/eval-{config.benchmark}")
-    benchmark = {"gta": gta_run, "gaia": gaia_run}[config.benchmark]
-    with benchmark(config, out) as run, Journal(out / JOURNAL) as journal:
+    runs: dict[str, Callable[[EvalConfig, Path], AbstractContextManager[Run]]] = {
+        "gta": gta_run,
+        "gaia": gaia_run,
+    }
+    with runs[config.benchmark](config, out) as run, Journal(out / JOURNAL) as journal:
         done = _resumed(journal, _identity(config, run.digest), out)
         left = [episode for episode in run.episodes() if episode.key not in done]
         if left:

@@ -16,6 +16,7 @@ from regrpo.tool_calls import ToolCall
 from regrpo.tools.gta.specs import GTA_TOOLS
 
 FILE = "dataset.json"
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,16 @@ def read_gta(data: str | Path) -> GtaData:
     tasks, problems = [], []
     for name, value in raw.items():
         try:
-            tasks.append(_task(name, value))
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            tasks.append(parse_task(name, value))
+        except MALFORMED as error:
             problems.append(f"task {name}: malformed: {type(error).__name__}: {error}")
     if not tasks:
         raise RunError(f"data: {file} holds no GTA task; the first problem: {problems[0]}")
     return GtaData(tasks, file.parent, problems)
 
 
-def _task(name: str, raw: dict[str, Any]) -> GtaTask:
+def parse_task(name: str, raw: dict[str, Any]) -> GtaTask:
+    """One task of a data file. Raises one of ``MALFORMED``."""
     if Path(name).name != name:  # it names a page of the report
         raise ValueError(f"task id {name!r}; expected one without slashes")
     tools = tuple(tool["name"] for tool in raw["tools"])

@@ -1,14 +1,15 @@
 """GTA's dialogs in the layout of this project: prompts, predictions, records, training states."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from regrpo.benchmarks.answers import answer_score
-from regrpo.benchmarks.gta import GtaTask
+from regrpo.benchmarks.gta import MALFORMED, GtaTask, parse_task
 from regrpo.benchmarks.gta_scores import StepPrediction
 from regrpo.environment import Workspace
 from regrpo.prompts import observation_turn, system_prompt
-from regrpo.records import Record
+from regrpo.records import Record, RecordError
 from regrpo.tasks import Step, Task
 from regrpo.tool_calls import ToolCall, ToolCallError, Turn, parse_turn
 from regrpo.tools import Observation, Status, call_tool, signature_text
@@ -95,8 +96,22 @@ def recorded(task: GtaTask) -> Recordings:
     return recordings(known)
 
 
+def gta_records(values: dict[str, Any], where: str) -> Iterator[tuple[str, Record | RecordError]]:
+    """The reference dialogs of a data file, each with its place; an error in place of a bad one."""
+    for name, raw in values.items():
+        place = f"{where}[{name}]"
+        try:
+            yield place, to_record(parse_task(name, raw))
+        except MALFORMED as error:
+            reason = f"{type(error).__name__}: {error}"
+            yield place, RecordError(f"{place}: {reason}; expected a task of GTA")
+
+
 def to_record(task: GtaTask) -> Record:
-    """The reference dialog as a training record (`regrpo.records`), origin ``recorded``."""
+    """The reference dialog as a training record (`regrpo.records`).
+
+    A dialog that ends with an image gets an answer, which is the path of the image.
+    """
     messages = opening(task)
     for index, turn in enumerate(reference_turns(task)):
         messages.append({"role": "assistant", "content": turn.render()})
@@ -111,7 +126,6 @@ def to_record(task: GtaTask) -> Record:
         "image": {str(i): path for i, path in enumerate(task.files)},
         "answer": task.answer if task.answer is not None else task.steps[-1].output,
         "conversations": messages,
-        "regrpo": {"provenance": "recorded"},
     }
 
 

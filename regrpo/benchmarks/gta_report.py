@@ -109,7 +109,6 @@ class GtaRun:
             t.id: end_prediction(done[f"end/{t.id}"]) for t in self._tasks if f"end/{t.id}" in done
         }
         gold_steps, gold_ends = oracle(self._tasks)
-        names = ("model", "reference")
         report: dict[str, Any] = {
             "benchmark": "gta",
             "model": self._config.model,
@@ -118,15 +117,16 @@ class GtaRun:
         }
         for scorer in SCORERS:
             kinds: dict[str, Any] = judged_counts(scorer, self._tasks, self._similarity)
-            for mode, score, given in (
-                ("step", step_scores, (steps, gold_steps)),
-                ("end", end_scores, (ends, gold_ends)),
-            ):
-                if mode in self._modes:
-                    kinds[mode] = {
-                        name: score(scorer, self._tasks, made, self._similarity)  # type: ignore[operator]
-                        for name, made in zip(names, given, strict=True)
-                    }
+            if "step" in self._modes:
+                kinds["step"] = {
+                    name: step_scores(scorer, self._tasks, made, self._similarity)
+                    for name, made in (("model", steps), ("reference", gold_steps))
+                }
+            if "end" in self._modes:
+                kinds["end"] = {
+                    name: end_scores(scorer, self._tasks, made, self._similarity)
+                    for name, made in (("model", ends), ("reference", gold_ends))
+                }
             report["scorers"][scorer] = kinds
         failures = [
             f"{key}: {entry['end']}"
