@@ -112,6 +112,13 @@ def _train(config: settings.TrainConfig) -> None:
 
 
 def _eval(config: settings.EvalConfig) -> None:
+    if config.benchmark is not None:
+        from regrpo.benchmarks.evaluation import run_benchmark
+
+        with progress_bar() as progress:
+            text = run_benchmark(config, progress)
+        print(text)
+        return
     from regrpo.environment import LocalEnvironment
     from regrpo.evaluate import run_eval
 
@@ -166,7 +173,7 @@ COMMANDS: tuple[Command, ...] = (
         _train,
         "ReGRPO, on-policy or offline (or GRPO with plain retries)",
     ),
-    ("eval", settings.EvalConfig, _eval, "evaluate on held-out tasks"),
+    ("eval", settings.EvalConfig, _eval, "evaluate on held-out tasks, or on a benchmark"),
     ("run", settings.RunConfig, _run, "let a trained agent answer a task about a folder"),
     ("report", settings.ReportConfig, _report, "curves and trajectories of runs as one HTML page"),
     ("demo", settings.DemoConfig, _demo, "everything once: data, five agents, table, curves"),

@@ -1,7 +1,7 @@
 """What the agent is told, in the layout of the official records."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from regrpo.tools import TOOLS, signature_text
 from regrpo.tools.custom import CustomTool
@@ -9,11 +9,18 @@ from regrpo.trajectory import Message
 
 REFLECTION_OPENER = "Reflection:\n- ErrorType:"
 
-SYSTEM_PROMPT = (
+_INSTRUCTIONS = (
     "You are a tool-using agent. Each step write a Thought, then a Code block that calls one tool. "
     "After a failed call, first write a Reflection with ErrorType, Evidence and FixPlan.\nTools:\n"
-    + "\n".join(signature_text(tool) for tool in TOOLS)
 )
+
+
+def system_prompt(tools: Iterable[str]) -> str:
+    """The system turn, from a line a tool."""
+    return _INSTRUCTIONS + "\n".join(tools)
+
+
+SYSTEM_PROMPT = system_prompt(signature_text(tool) for tool in TOOLS)
 
 
 def opening(question: str, tools: Sequence[CustomTool] = ()) -> list[Message]:

@@ -120,13 +120,18 @@ def _parse(text: str, where: str) -> Any:
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, sees the old or the new content, never a part."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: str | Path, data: bytes) -> None:
+    """See ``write_atomically``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as handle:
         try:
-            handle.write(text)
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         except BaseException:

@@ -3,6 +3,7 @@
 An unknown key, a wrong type or a value out of range is an error that names it.
 """
 
+from regrpo.config.benchmark import BenchmarkConfig, EndpointConfig
 from regrpo.config.data import (
     DataConfig,
     DataExportConfig,
@@ -32,6 +33,7 @@ from regrpo.config.trigger import TriggerConfig
 __all__ = [
     "CANDIDATES",
     "TRACKERS",
+    "BenchmarkConfig",
     "DataConfig",
     "DataExportConfig",
     "DataImportConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "DataStatsConfig",
     "DataVerifyConfig",
     "DemoConfig",
+    "EndpointConfig",
     "EvalConfig",
     "ExperimentConfig",
     "LoraSettings",

@@ -114,7 +114,7 @@ class DataImportConfig:
     """Records of others in our form: OUT/NAME.jsonl for every file, and OUT/import_report.json.
 
     Args:
-        source: .json or .jsonl files with role/content or from/value turns.
+        source: .json or .jsonl files with role/content or from/value turns, or GTA's dataset.json.
         out: folder of the records.
         provenance: origin of records that do not say: executed, recorded or teacher; by default
             teacher for records with rot_meta (the official release invents its failures) and

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from regrpo.config.benchmark import BENCHMARKS, BenchmarkConfig
 from regrpo.config.checks import require
 from regrpo.config.rollout import RolloutConfig
 from regrpo.config.tasks import TaskConfig
@@ -10,11 +11,16 @@ from regrpo.config.trigger import TriggerConfig
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out tasks.
+    """Evaluation on held-out tasks, or on a public benchmark.
 
     Args:
-        model: Hugging Face name or path.
-        out: folder for report.json and transcripts.jsonl; None prints only.
+        model: Hugging Face name or path, or what the endpoint of `bench.endpoint` calls its model.
+        out: folder for report.json and transcripts.jsonl; None prints only, and is
+            runs/eval-BENCHMARK for a benchmark, which goes on from what is there.
+        benchmark: gta or gaia instead of generated tasks; `count`, `tasks` have no effect then.
+        data: folder of the benchmark's data (GTA: with dataset.json, or such a file; GAIA: with
+            metadata.jsonl).
+        bench: how the benchmark is run.
         count: tasks.
         tasks: which tasks; use a seed that no training used.
         reflect: open a reflection block after a typed failure.
@@ -28,6 +34,9 @@ class EvalConfig:
 
     model: str
     out: str | None = None
+    benchmark: str | None = None
+    data: str | None = None
+    bench: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     count: int = 480
     tasks: TaskConfig = field(default_factory=lambda: TaskConfig(seed=1_000_003, hops=(1, 7)))
     reflect: bool = True
@@ -38,6 +47,13 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        known = self.benchmark is None or self.benchmark in BENCHMARKS
+        require(known, "benchmark", self.benchmark, " or ".join(BENCHMARKS))
+        given, wanted = self.data is not None, self.benchmark is not None
+        require(given == wanted, "data", self.data, "a folder with benchmark, null without")
+        if self.benchmark is not None:
+            margin = self.trigger.confidence_margin
+            require(margin is None, "trigger.confidence_margin", margin, "null with benchmark")
         require(self.count > 0, "count", self.count, "1 or more")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from regrpo import provenance
+from regrpo.benchmarks.gta_dialogs import gta_records
 from regrpo.config import DataExportConfig, DataImportConfig
 from regrpo.records import Record, RecordError, normalize, write_atomically, write_records
 
@@ -27,6 +28,8 @@ REPORT = "import_report.json"
 
 def scan(path: str | Path) -> Iterator[tuple[str, Any]]:
     """The JSON values of a ``.json`` list or of ``.jsonl`` lines, each with its place.
+
+    Of a ``.json`` file of the GTA benchmark: its reference dialogs as records.
 
     What cannot be read comes as a `RecordError` in place of the value, and the rest goes on: a bad
     line is one error, and of a list that is torn the whole elements before the tear are kept.
@@ -52,10 +55,17 @@ def scan(path: str | Path) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         yield from _before_the_tear(text, path, error)
         return
+    if isinstance(values, dict) and values and all(_is_gta(value) for value in values.values()):
+        yield from gta_records(values, str(path))
+        return
     if not isinstance(values, list):
         raise RecordError(f"{path}: got {type(values).__name__}; expected a list of records")
     for index, value in enumerate(values):
         yield f"{path}[{index}]", value
+
+
+def _is_gta(value: Any) -> bool:
+    return isinstance(value, dict) and "dialogs" in value
 
 
 def _load(line: bytes, where: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,15 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
     "sum": sum,
 }
+ERRORS = (
+    ArithmeticError,
+    MemoryError,  # from the parser, for deep nesting
+    NameError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 def calculator(root: Path, expression: Expression) -> Observation:
@@ -44,47 +53,66 @@ def calculator(root: Path, expression: Expression) -> Observation:
     Integers are exact; other results have at most 10 significant digits.
     """
     try:
-        value = _calculate(expression)
-    except (
-        ArithmeticError,
-        MemoryError,  # from the parser, for deep nesting
-        NameError,
-        RecursionError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
+        value = calculate(expression)
+    except ERRORS as error:
         return failure(error)
     return Observation(f"{value:.10g}" if isinstance(value, float) else str(value), Status.OK)
 
 
-def _calculate(expression: str) -> int | float:
+def calculate(expression: str, names: Mapping[str, Any] = _FUNCTIONS) -> int | float:
+    """The value of an expression.
+
+    Args:
+        names: functions of numbers and lists, and numbers, which it may use; a dotted name such as
+            ``math.pi`` is one name.
+
+    Raises:
+        One of ERRORS.
+    """
     if len(expression) > MAX_CHARS:
         raise ValueError(f"expression has {len(expression)} characters; at most {MAX_CHARS}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        value = _value(ast.parse(expression.strip(), mode="eval").body)
+        value = _value(ast.parse(expression.strip(), mode="eval").body, names)
     if not isinstance(value, (int, float)):
         raise TypeError(f"expected a number, got {type(value).__name__}")
     return value
 
 
-def _value(node: ast.expr) -> Any:
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return _bounded(node.value)
     if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
-        return _UNARY[type(node.op)](_value(node.operand))
+        return _UNARY[type(node.op)](_value(node.operand, names))
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        left, right = _value(node.left), _value(node.right)
+        left, right = _value(node.left, names), _value(node.right, names)
         _check_operands(node.op, left, right)
         return _bounded(_BINARY[type(node.op)](left, right))
     if isinstance(node, (ast.List, ast.Tuple)):
-        return [_value(element) for element in node.elts]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        return _call(node.func.id, [_value(argument) for argument in node.args])
-    if isinstance(node, ast.Name):
-        raise NameError(f"name '{node.id}' is not defined")
+        return [_value(element, names) for element in node.elts]
+    if isinstance(node, ast.Call) and _name(node.func) is not None and not node.keywords:
+        return _call(_named(node.func, names), [_value(argument, names) for argument in node.args])
+    if _name(node) is not None:
+        value = _named(node, names)
+        if callable(value):
+            raise TypeError(f"{_name(node)} is a function; expected a number")
+        return value
     raise SyntaxError(f"{type(node).__name__} is not arithmetic")
+
+
+def _name(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.{node.attr}"
+    return None
+
+
+def _named(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    name = _name(node) or ""
+    if name not in names:
+        raise NameError(f"name '{name}' is not defined")
+    return names[name]
 
 
 def _check_operands(op: ast.operator, left: Any, right: Any) -> None:
@@ -96,13 +124,13 @@ def _check_operands(op: ast.operator, left: Any, right: Any) -> None:
         raise OverflowError(f"integer result has more than {MAX_BITS} bits")
 
 
-def _call(name: str, arguments: list[Any]) -> Any:
-    if name not in _FUNCTIONS:
-        raise NameError(f"name '{name}' is not defined")
-    digits = arguments[1] if name == "round" and len(arguments) == 2 else 0
+def _call(function: Any, arguments: list[Any]) -> Any:
+    if not callable(function):
+        raise TypeError(f"{type(function).__name__} is not callable")
+    digits = arguments[1] if function is round and len(arguments) == 2 else 0
     if isinstance(digits, int) and abs(digits) > MAX_ROUND_DIGITS:  # round builds 10**digits
         raise ValueError(f"round to at most {MAX_ROUND_DIGITS} digits, got {digits}")
-    return _bounded(_FUNCTIONS[name](*arguments))
+    return _bounded(function(*arguments))
 
 
 def _bounded(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Public benchmarks: reading them, running a model on them, scoring."""
