@@ -149,7 +149,7 @@ def policy_loss(
     clipped, beyond = torch.zeros_like(a), torch.zeros_like(a)
     if policy in ("clip", "gspo"):
         clipped = token.clip_low + token.clip_high
-    if policy == "clip":
+    if objective.delta is not None:
         beyond = (a < 0) & (token.ratio > objective.delta)
     if policy == "cispo":
         low, high = 1 - objective.epsilon_low, 1 + objective.epsilon_high

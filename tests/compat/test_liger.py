@@ -287,7 +287,18 @@ def test_bad_arguments_of_the_module_are_named():
     data = batch(hidden=5)
     inputs = (data["hidden"], data["weight"], data["ids"], data["mask"], data["advantages"])
     with pytest.raises(ValueError, match="max_completion_length"):
-        liger.LigerFusedLinearGRPOLoss(loss_type="dr_grpo")
+        liger.LigerFusedLinearGRPOLoss(loss_type="dr_grpo")(*inputs)
+    with pytest.raises(ValueError, match="sapo_temperature_pos"):
+        liger.LigerFusedLinearGRPOLoss(sapo_temperature_pos=0.0)
+    module = liger.LigerFusedLinearGRPOLoss(
+        loss_type="cispo", importance_sampling_level="sequence", use_ref_model=False
+    )
+    with pytest.raises(ValueError, match="Sequence-level"):
+        module(*inputs)
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):
+        liger.LigerFusedLinearGRPOLoss()(
+            *inputs, ref_per_token_logps=data["ref"], ref_input=data["hidden"]
+        )
     with pytest.raises(ValueError, match="ref_per_token_logps"):
         liger.LigerFusedLinearGRPOLoss()(*inputs)
     with pytest.raises(ValueError, match="ref_per_token_logps"):
