@@ -4,9 +4,9 @@
 #   scripts/peer_suites.sh [liger] [trl] [verl] [-- pytest arguments]      (all of them by default)
 #
 # Liger ships its tests with its source distribution: they run with ours in the place of Liger's functions
-# (scripts/peer_plugin.py), less those of Liger's internals and those listed below. TRL does not ship its tests, and verl's do
+# (scripts/peer_plugin.py, which lists what is left out). TRL does not ship its tests, and verl's do
 # not call the policy losses one by one: there tests/compat compares ours with the installed package.
-# Peers come from the package index, pinned, into a virtual environment under build/; PYTHON chooses the one it sees through.
+# Pinned peers come from the package index into folders under build/, in front of the path of PYTHON's environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,37 +26,33 @@ done
 ((${#suites[@]})) || suites=(liger trl verl)
 
 mkdir -p $WORK
-peer_packages() { # into one folder a peer, in front of the path: the environment itself stays as it is
+peer_packages() { # peer, pip arguments
   "$PYTHON" -m pip install -q --disable-pip-version-check --upgrade --target "$WORK/$1" "${@:2}"
 }
 
 run_liger() {
-  peer_packages liger --no-deps "liger-kernel==$LIGER"
+  peer_packages liger --no-deps "liger-kernel==$LIGER" || return 1
   local source=$WORK/liger_kernel-$LIGER
   if [[ ! -d $source ]]; then
     "$PYTHON" -m pip download -q --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
-      -d $WORK "liger-kernel==$LIGER"
-    tar xzf "$source.tar.gz" -C $WORK
+      -d $WORK "liger-kernel==$LIGER" && tar xzf "$source.tar.gz" -C $WORK || return 1
   fi
-  # Of Liger's internals: its chunked function, its base class, its reductions, a spy on its backward.
-  local internal="chunk_forward or functional_correctness or test_reduce or backward_skips"
-  # LUSPO with a KL and padding: Liger counts the KL of padding and divides by the padded length (docs/compat.md).
-  local wrong="sequence-luspo and not 0.0-0.1-0.1"
-  local python test=$PWD
+  local python root=$PWD
   python=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
-  (cd "$source" && PYTHONPATH=$test/scripts:$test:$test/$WORK/liger "$python" -m pytest -q -p peer_plugin -p no:cacheprovider \
-    test/transformers/test_grpo_loss.py test/chunked_loss/test_grpo_loss.py \
-    -k "not ($internal) and not (test_correctness and $wrong)" "${arguments[@]}")
+  (cd "$source" && PYTHONPATH=$root/scripts:$root:$root/$WORK/liger "$python" -m pytest -q -p peer_plugin -p no:cacheprovider \
+    test/transformers/test_grpo_loss.py test/chunked_loss/test_grpo_loss.py "${arguments[@]}")
 }
 
 run_trl() {
-  peer_packages trl --no-deps "trl==$TRL" datasets pandas pyarrow multiprocess dill xxhash python-dateutil pytz six tzdata
+  peer_packages trl --no-deps "trl==$TRL" datasets pandas pyarrow multiprocess dill xxhash python-dateutil pytz six tzdata || return 1
+  PYTHONPATH=$WORK/trl "$PYTHON" -c "import trl" || return 1 # without it tests would be skipped
   PYTHONPATH=$WORK/trl "$PYTHON" -m pytest -q tests/compat/test_trl.py "${arguments[@]}"
 }
 
-run_verl() { # everything that importing its losses needs, but torch
-  peer_packages verl --no-deps "verl==$VERL" omegaconf antlr4-python3-runtime==4.9.3 tensordict orjson pyvers ray hydra-core \
-    cloudpickle codetiming torchdata msgpack jsonschema referencing rpds-py jsonschema-specifications attrs importlib_metadata zipp
+run_verl() { # what importing its losses needs; torch stays the environment's
+  peer_packages verl omegaconf orjson pyvers hydra-core codetiming cloudpickle ray || return 1
+  peer_packages verl --no-deps "verl==$VERL" tensordict || return 1
+  PYTHONPATH=$WORK/verl "$PYTHON" -c "import verl.trainer.ppo.core_algos" || return 1
   PYTHONPATH=$WORK/verl "$PYTHON" -m pytest -q tests/compat/test_verl.py "${arguments[@]}"
 }
 
