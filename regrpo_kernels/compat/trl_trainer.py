@@ -58,7 +58,7 @@ def patch_grpo_trainer(trainer: Any) -> Any:
             "router_aux_loss_coef is not supported: set it to 0, or leave the trainer unpatched"
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
-    models = [model.get_base_model() if hasattr(model, "peft_config") else model]
+    models = [model.get_base_model() if hasattr(model, "get_base_model") else model]
     if trainer.ref_model is not None:
         models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
     heads = []

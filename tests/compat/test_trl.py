@@ -122,8 +122,9 @@ def test_chunked_log_probs_are_trls(trl):
 WORDS = [f"w{i}" for i in range(30)]
 
 
-def make_trainer(folder, gemma=False, subclass=None, **options):
+def make_trainer(folder, gemma=False, lora=False, subclass=None, **options):
     from datasets import Dataset
+    from peft import LoraConfig
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -184,6 +185,7 @@ def make_trainer(folder, gemma=False, subclass=None, **options):
     }
     return (subclass or GRPOTrainer)(
         model=model,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
         reward_funcs=lambda completion_ids, **_: [float(sum(x) % 7) for x in completion_ids],
         args=GRPOConfig(**{**settings, **options}),
         train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w3", "w4 w5 w6", "w7"]}),
@@ -245,6 +247,7 @@ RUNS = {
     "entropy bonus": ({"entropy_coef": 0.01}, False),
     "off-policy mask": ({"off_policy_mask_threshold": 0.01}, False),
     "softcap": ({"gemma": True}, True),
+    "adapter": ({"lora": True}, True),
     "fp32 head": ({"cast_lm_head_to_fp32": True}, True),
 }
 
@@ -253,6 +256,45 @@ RUNS = {
 def test_a_patched_run_is_the_stock_run(trl, tmp_path, name):
     options, one_sweep = RUNS[name]
     assert_same_run(tmp_path, one_sweep, **options)
+
+
+@pytest.mark.parametrize("ratio_columns", [6, 1], ids=["token ratio", "sequence ratio"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_tool_masks_and_a_samplers_ratios(trl, tmp_path, loss_type, ratio_columns):
+    g = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, 32, (4, 9), generator=g)
+    mask = (torch.arange(6) < torch.tensor([6, 4, 5, 6]).unsqueeze(-1)).long()
+    tool_mask = torch.ones_like(mask)
+    tool_mask[:, 2] = 0
+    inputs = {
+        "prompt_ids": ids[:, :3],
+        "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1], [1, 1, 1]]),
+        "completion_ids": ids[:, 3:],
+        "completion_mask": mask,
+        "tool_mask": tool_mask,
+        "advantages": torch.tensor([1.2, -0.4, 0.3, -1.1]),
+        "old_per_token_logps": -3.5 + torch.randn(4, 6, generator=g) / 3,
+        "ref_per_token_logps": -3.5 + torch.randn(4, 6, generator=g) / 3,
+        "importance_sampling_ratio": torch.rand(4, ratio_columns, generator=g) + 0.2,
+        "num_items_in_batch": torch.tensor(70.0),
+    }
+    found = []
+    for patched in (False, True):
+        trainer = make_trainer(tmp_path, loss_type=loss_type, epsilon_high=1.5, beta=0.1)
+        trainer.current_gradient_accumulation_steps = 2
+        # as with vLLM, which is not needed for samples that are here already
+        trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
+        if patched:
+            ours.patch_grpo_trainer(trainer)
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        gradients = {name: x.grad for name, x in trainer.model.named_parameters()}
+        found.append((loss.detach(), gradients, dict(trainer._metrics["train"])))
+    torch.testing.assert_close(found[1][:2], found[0][:2], rtol=1e-4, atol=1e-5)
+    assert found[1][2].keys() == found[0][2].keys()
+    for name, value in found[0][2].items():
+        assert found[1][2][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_what_is_not_supported_is_refused(trl, tmp_path):
