@@ -123,6 +123,19 @@ def with_gradient_of_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:
     return value.detach() + (finite - finite.detach())
 
 
+def token_kl(log_probs: Tensor, ref_log_probs: Tensor, kl_estimator: str) -> Tensor:
+    """The KL estimate of each token, differentiable in `log_probs`; `ref_log_prob - log_prob` is
+    clamped to +-20 with zero gradient outside.
+    """
+    x = ref_log_probs - log_probs
+    x = x.masked_fill((log_probs == -torch.inf) & (ref_log_probs == -torch.inf), 0.0)
+    x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if kl_estimator == "k3":
+        return torch.expm1(x) - x
+    kl = 0.5 * x.square()
+    return kl if kl_estimator == "k2" else kl + (-x - kl).detach()
+
+
 def token_objective(
     log_probs: Tensor,
     log_ratios: Tensor,
@@ -133,7 +146,6 @@ def token_objective(
     """The loss of each token, differentiable in `log_probs`, without the entropy bonus.
 
     A label whose logit is -inf has log-prob -inf: its ratio is 0 and nothing is pushed through it.
-    `ref_log_prob - log_prob` is clamped to +-20 with zero gradient outside.
     """
     o = objective
     low, high = 1.0 - o.epsilon_low, 1.0 + o.epsilon_high
@@ -162,15 +174,7 @@ def token_objective(
 
     kl = torch.zeros_like(log_probs)
     if ref_log_probs is not None:
-        x = ref_log_probs - log_probs
-        x = x.masked_fill(forbidden & (ref_log_probs == -torch.inf), 0.0)
-        x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        if o.kl_estimator == "k3":
-            kl = torch.expm1(x) - x
-        else:
-            kl = 0.5 * x.square()
-            if o.kl_estimator == "k1":
-                kl = kl + (-x - kl).detach()
+        kl = token_kl(log_probs, ref_log_probs, o.kl_estimator)
         if o.beta != 0:
             loss = loss + o.beta * kl
     return TokenObjective(
