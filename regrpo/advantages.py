@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from regrpo.config import TrainConfig
+from regrpo.config import RewardConfig, TrainConfig
 from regrpo.distributed import ALONE, Ranks
 from regrpo.options.down_sampling import max_variance_subset
 from regrpo.options.penalties import success_penalties
@@ -32,12 +32,14 @@ def advantages_of(
     batch: PackedBatch,
     config: TrainConfig,
     groups: Sequence[int] | None = None,
+    step: int | None = None,
 ) -> tuple[ReflectionAdvantages, dict[str, float]]:
     """Rewards and group advantages, and metrics of what went into them.
 
     Args:
         batch: the trajectories, in their order.
         groups: ids of the groups; None for consecutive ones of ``config.group_size``.
+        step: the update, for ``reward.eta_warmup_steps``; None for one behind them.
     """
     groups = groups or group_ids(len(trajectories), config.group_size)
     reward, options = config.reward, config.options
@@ -66,7 +68,7 @@ def advantages_of(
         batch.cu_seqlens,
         ids,
         lambda_exec=reward.lambda_exec,
-        eta=reward.eta,
+        eta=eta_at(reward, step),
         tokens_per_cost=reward.tokens_per_cost,
         verifier_scores=values if reward.alpha is None else None,
         lambda_val=reward.lambda_val,
@@ -88,6 +90,13 @@ def advantages_of(
         metrics["step_advantage/abs_mean"] = steps.abs().mean().item()
         metrics["step_advantage/compared"] = (steps != 0).float().mean().item()
     return result, metrics
+
+
+def eta_at(reward: RewardConfig, step: int | None) -> float:
+    """The weight of the reflection cost in an update."""
+    if step is None or step >= reward.eta_warmup_steps:
+        return reward.eta
+    return reward.eta * step / reward.eta_warmup_steps
 
 
 def penalties_of(

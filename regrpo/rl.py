@@ -168,7 +168,7 @@ def update(
     groups = groups or group_ids(len(trajectories), config.group_size)
     sampled = config.mode != "offline"
     full = collate([t.tokens for t in trajectories], with_old_log_probs=sampled)
-    result, reward_metrics = advantages_of(trajectories, full, config, groups)
+    result, reward_metrics = advantages_of(trajectories, full, config, groups, training.step)
     if log:
         log.write(trajectories, result, groups)
     choice = choose(result, full, groups, config, ranks)

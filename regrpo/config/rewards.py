@@ -14,6 +14,8 @@ class RewardConfig:
     Args:
         lambda_exec: weight of executed success.
         eta: weight of the reflection cost.
+        eta_warmup_steps: updates over which eta grows linearly from 0. While most trajectories
+            fail, a cost mostly pays for giving up sooner.
         tokens_per_cost: reflection tokens that cost one unit.
         lambda_val: weight of the verifier inside the reward.
         alpha: two-stream advantages instead, A_out + alpha * A_V: outcome and verifier are
@@ -29,6 +31,7 @@ class RewardConfig:
 
     lambda_exec: float = 1.0
     eta: float = 0.1
+    eta_warmup_steps: int = 0
     tokens_per_cost: float = 100.0
     lambda_val: float = 0.0
     alpha: float | None = None
@@ -38,6 +41,8 @@ class RewardConfig:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
+        warmup = self.eta_warmup_steps
+        require(warmup >= 0, "eta_warmup_steps", warmup, "0 or more")
         require(self.tokens_per_cost > 0, "tokens_per_cost", self.tokens_per_cost, "positive")
         require(self.lambda_val >= 0, "lambda_val", self.lambda_val, "0 or more")
         require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "positive, or null")

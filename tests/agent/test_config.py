@@ -72,6 +72,7 @@ CASES = [
     (RewardConfig, {"lambda_val": -0.3}, "lambda_val: got -0.3; expected 0 or more"),
     (RewardConfig, {"alpha": 0.0}, "alpha: got 0.0; expected positive, or null"),
     (RewardConfig, {"alpha": 0.5, "lambda_val": 0.3}, "lambda_val: got 0.3; expected 0 with alpha"),
+    (RewardConfig, {"eta_warmup_steps": -1}, "eta_warmup_steps: got -1; expected 0 or more"),
     (OptionsConfig, {"ratio_level": "turn"}, "options.ratio_level: got 'turn'; expected token,"),
     (OptionsConfig, {"clip_target": 1.0}, "options.clip_target: got 1.0"),
     (

@@ -233,3 +233,13 @@ def test_two_streams_are_normalised_apart():
     tokens = torch.tensor([len(t.tokens) for t in group])
     spread = expected.repeat_interleave(tokens) * result.loss_mask
     torch.testing.assert_close(result.token_advantages, spread)
+
+
+def test_the_cost_grows_over_the_first_updates():
+    group = [sampled(True, 100), sampled(True, 20)]
+    batch = collate([t.tokens for t in group], with_old_log_probs=False)
+    reward = RewardConfig(eta=0.4, eta_warmup_steps=10)
+    config = TrainConfig(model="m", out="o", group_size=2, reward=reward)
+    for step, eta in ((0, 0.0), (5, 0.2), (10, 0.4), (25, 0.4), (None, 0.4)):
+        result, _ = advantages_of(group, batch, config, step=step)
+        assert result.rewards.tolist() == pytest.approx([1 - eta * 1.0, 1 - eta * 0.2])
