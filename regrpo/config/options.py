@@ -92,12 +92,6 @@ class OptionsConfig:
                 "1 or more, or null",
             ),
             ("refinements", self.refinements >= 0, "0 or more"),
-            # Of a refinement one turn is trained; a step's advantage goes to every turn.
-            (
-                "refinements",
-                self.refinements == 0 or self.step_weight == 0,
-                "0 with options.step_weight",
-            ),
             ("refinement_gamma", self.refinement_gamma > 0, "a positive number"),
         ):
             require(holds, f"options.{name}", getattr(self, name), expected)

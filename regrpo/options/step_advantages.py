@@ -62,21 +62,28 @@ def spread_over_tokens(
 ) -> torch.Tensor:
     """A value a turn -> fp32 [T], on the turn's trained tokens; 0 elsewhere.
 
-    A turn's trained tokens are a run; runs of two turns never touch.
+    A turn's trained tokens are a run; runs of two turns never touch. Of a refinement only the last
+    turn is trained.
 
     Raises:
-        ValueError: a trajectory has not one run a turn.
+        ValueError: a trajectory has not one run a turn that is trained.
     """
     before = torch.roll(batch.loss_mask, 1)
     before[:1] = False
     starts = batch.loss_mask & ~before
     run = starts.cumsum(0)
     bounds = torch.nn.functional.pad(run, (1, 0)).index_select(0, batch.cu_seqlens.long())
+    turns = 0
+    trained: list[int] = []  # places of turns that have a run
     for index, (runs, t) in enumerate(zip(bounds.diff().tolist(), trajectories, strict=True)):
-        if runs != len(t.turns):
+        turns += len(t.turns)
+        expected = 1 if t.origin == "refinement" else len(t.turns)
+        if runs != expected:
             raise ValueError(
                 f"trajectory {index} has {runs} runs of trained tokens and {len(t.turns)} turns; "
-                "expected one a turn"
+                f"expected {expected} runs"
             )
-    spread = values.index_select(0, (run - 1).clamp(min=0))
+        trained += range(turns - runs, turns)
+    of_runs = values.index_select(0, torch.tensor(trained, dtype=torch.int64))
+    spread = of_runs.index_select(0, (run - 1).clamp(min=0))
     return spread.masked_fill(~batch.loss_mask, 0.0)

@@ -84,11 +84,6 @@ CASES = [
     (OptionsConfig, {"clip_low_max": 1.0}, "options.clip_low_max: got 1.0"),
     (OptionsConfig, {"clip_step": 0.0}, "options.clip_step: got 0.0"),
     (OptionsConfig, {"step_weight": -1.0}, "options.step_weight: got -1.0"),
-    (
-        OptionsConfig,
-        {"step_weight": 1.0, "refinements": 1},
-        "options.refinements: got 1; expected 0 with options.step_weight",
-    ),
     (OptionsConfig, {"step_gamma": 0.0}, "options.step_gamma: got 0.0"),
     (OptionsConfig, {"demonstration_weight": -1.0}, "options.demonstration_weight: got -1.0"),
     (OptionsConfig, {"penalty": -0.1}, "options.penalty: got -0.1"),

@@ -85,6 +85,7 @@ class Gradients:
     tokenizer: object = None
     device: str = "cpu"
     lr: float = 0.0
+    step: int = 0
     seen: list = field(default_factory=list)
 
     def update(self):
@@ -266,6 +267,17 @@ def test_a_turns_advantage_goes_to_its_tokens():
     trajectories[0].turns.pop()
     with pytest.raises(ValueError, match="trajectory 0 has 2 runs of trained tokens and 1 turns"):
         spread_over_tokens(torch.tensor([1.0, 3.0]), trajectories, batch)
+
+
+def test_of_a_refinement_the_last_turn_has_an_advantage():
+    plain, refined = trajectory(True, *LONG), trajectory(False, [(A, 2)])
+    refined.turns.insert(0, refined.turns[0])  # what failed before: in its context, not trained
+    refined.origin = "refinement"
+    last = trajectory(False, [(A, 2)])
+    batch = collate([t.tokens for t in (plain, refined, last)])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    spread = spread_over_tokens(values, [plain, refined, last], batch)
+    assert spread[batch.loss_mask].tolist() == [1.0] * 3 + [2.0] * 6 + [4.0] * 2 + [5.0] * 2
 
 
 def test_both_levels_add_up():

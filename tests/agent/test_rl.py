@@ -26,6 +26,7 @@ class Gradients:
     model: torch.nn.Module
     device: str = "cpu"
     lr: float = 0.0
+    step: int = 0
     seen: list[list[torch.Tensor]] = field(default_factory=list)
 
     def update(self):
