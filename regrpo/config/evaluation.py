@@ -121,7 +121,7 @@ class DemoConfig:
     pretrain_steps: int = 500
     data_tasks: int = 8000
     sft_steps: int = 500
-    rl_steps: int = 80
+    rl_steps: int = 120
     eval_tasks: int = 320
 
     def __post_init__(self) -> None:
