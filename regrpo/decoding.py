@@ -109,7 +109,7 @@ class Continuations:
         return sum(x.nbytes for x in (*kept, *(r.branch for r in (self._rows, *self._waiting))))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden, *head(self._model))
+        logits = few_row_linear(hidden, *head(self._model))
         cap = logit_softcap(self._model)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -318,6 +318,21 @@ class Continuations:
         out = out.view(groups, heads, self._siblings, count, -1).transpose(1, 2).flatten(0, 1)
         lse = lse.view(groups, heads, self._siblings, count).transpose(1, 2).flatten(0, 1)
         return out[self._slots], lse[self._slots]
+
+
+def few_row_linear(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``F.linear`` of hidden states [R, H], weight [V, H], bias [V].
+
+    On a CPU the time of few rows is that of reading the weight, and where they are the right factor
+    the matmul reads it once, without a packed copy: half the time at 8 x 512 x 151936.
+    """
+    few = hidden.device.type == "cpu" and len(hidden) <= 32 and weight.numel() > 2**22
+    if not few:
+        return F.linear(hidden, weight, bias)
+    scores = (weight @ hidden.t()).t().contiguous()
+    return scores if bias is None else scores + bias
 
 
 def _stack(parts: Sequence[Ragged]) -> Ragged:

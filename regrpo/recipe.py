@@ -34,8 +34,8 @@ from regrpo.tasks import SERIAL_FAMILIES
 WARM_HOPS, RL_HOPS, FULL_HOPS = (1, 3), (3, 7), (1, 7)
 # Serial repairs by themselves, and inside longer tasks.
 RL_FAMILIES = (*SERIAL_FAMILIES * 2, "layout", "label", "label", "lookup", "sum", "sum")
-# Reflections have 10 to 40 tokens of the small tokenizer: the longest cost half a success. First come
-# longer repairs, then brevity.
+# Reflections have 10 to 40 tokens of the small tokenizer: the longest cost half a success. First
+# come longer repairs, then brevity.
 COST = RewardConfig(tokens_per_cost=8.0, eta_warmup_steps=90)
 OFFICIAL_CANDIDATES = (
     "one_shot",

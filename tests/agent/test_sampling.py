@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+from regrpo.decoding import few_row_linear
 from regrpo.losses import packed_log_probs
 from regrpo.modeling import head, hidden_states, load_model
 from regrpo.packing import collate
@@ -188,3 +189,15 @@ def test_local_policy(model, tokenizer):
     assert generate() != first  # the generator went on
     policy.renew(1)
     assert generate() == first
+
+
+@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_head_of_few_rows_is_the_head(rows, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 512, dtype=torch.float64, generator=generator)
+    weight = torch.randn(8200, 512, dtype=torch.float64, generator=generator)  # beyond the limit
+    bias = torch.randn(8200, dtype=torch.float64, generator=generator) if with_bias else None
+    found = few_row_linear(hidden, weight, bias)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, torch.nn.functional.linear(hidden, weight, bias))
