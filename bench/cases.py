@@ -91,13 +91,31 @@ class LinearCase:
 
 
 @dataclass(frozen=True)
-class UpdateCase:
-    """One update on ``group`` trajectories of 64 to 128 tokens behind one context."""
+class GroupCase:
+    """``group`` trajectories behind one context."""
 
     context: int
     group: int
     vocab: int
     dtype: str
+
+    @property
+    def shape(self) -> str:
+        return f"{self.context} x {self.group} x {self.vocab}"
+
+    @property
+    def needs(self) -> int:
+        """Bytes without which the case cannot be set up: the model (and one gradient of logits)."""
+        return 4 * 512 * self.vocab + (1 << 30)
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class UpdateCase(GroupCase):
+    """One update on trajectories of 64 to 128 tokens behind their context."""
+
     once: bool = False  # too slow for more than one call
 
     @property
@@ -109,27 +127,11 @@ class UpdateCase:
         """Of all trajectories."""
         return self.group * self.context + sum(self.tails)
 
-    @property
-    def shape(self) -> str:
-        return f"{self.context} x {self.group} x {self.vocab}"
-
-    @property
-    def needs(self) -> int:
-        """Bytes without which the case cannot be set up: the model and one gradient of logits."""
-        return 4 * 512 * self.vocab + (1 << 30)
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype}"
-
 
 @dataclass(frozen=True)
-class GenerationCase:
-    """Two turns of ``group`` trajectories behind one context, an observation in between."""
+class GenerationCase(GroupCase):
+    """Two turns of each trajectory, an observation in between."""
 
-    context: int
-    group: int
-    vocab: int
-    dtype: str
     turn: int = 96  # sampled tokens of each turn
     observation: int = 64  # tokens, give or take an eighth
 
@@ -138,18 +140,6 @@ class GenerationCase:
         eighth = self.observation // 8
         steps = max(self.group - 1, 1)
         return [self.observation - eighth + 2 * eighth * i // steps for i in range(self.group)]
-
-    @property
-    def shape(self) -> str:
-        return f"{self.context} x {self.group} x {self.vocab}"
-
-    @property
-    def needs(self) -> int:
-        """Bytes without which the case cannot be set up: the model."""
-        return 4 * 512 * self.vocab + (1 << 30)
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype}"
 
 
 def generation_cases(device: str, grid: bool) -> list[GenerationCase]:

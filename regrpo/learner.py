@@ -14,7 +14,7 @@ from regrpo.options.clip_bounds import adaptive_bounds
 from regrpo.options.refinements import shaped_slope
 from regrpo.packed_model import PackedModel
 from regrpo.packing import PackedBatch
-from regrpo.sft import NLL
+from regrpo.sft import NLL, backward
 from regrpo.sharding import release
 from regrpo_kernels import Objective
 
@@ -161,11 +161,6 @@ class Learner:
         if weight == 0:
             return {}
         count = self.ranks.sum(float(sum(batch.loss_mask.sum().item() for batch in packs)))
-        total = 0.0
-        for batch in packs:
-            hidden = self.packed(batch)
-            loss = policy_loss(hidden, *self.packed.head(), batch, NLL, count / weight).loss
-            loss.backward()
-            total += loss.item()
+        total = backward(self.packed, packs, NLL, count / weight)
         sequences = sum(len(b.cu_seqlens) - 1 for b in packs if b.loss_mask.any())
         return {"demonstration/count": sequences, "demonstration/nll": total / weight}
