@@ -48,6 +48,7 @@ class PackedBatch:
     tree: PrefixTree | None = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
+        """The batch with all of its tensors on a device."""
         moved: dict[str, Any] = {
             name: value.to(device)
             for name, value in vars(self).items()
@@ -125,7 +126,9 @@ def collate(
 ) -> PackedBatch:
     """Packs trajectories in the order given.
 
-    ``share`` adds the prefix tree: what trajectories have in common is computed once.
+    Args:
+        with_old_log_probs: takes the trajectories' ``log_probs``, which all of them must have.
+        share: adds the prefix tree: what trajectories have in common is computed once.
     """
     lengths = torch.tensor([0, *(len(t) for t in trajectories)])
     cu_seqlens = lengths.cumsum(0)

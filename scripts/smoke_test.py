@@ -1,5 +1,5 @@
-"""What scripts/check_package.sh runs in an environment that holds the wheel and nothing else of this
-repository: the kernels against the reference, and the data files.
+"""What scripts/check_package.sh runs in an environment that holds the wheel and nothing else of
+this repository: the kernels against the reference, and the data files.
 """
 
 from importlib.resources import files
