@@ -30,7 +30,8 @@ class PackedBatch:
         input_ids, position_ids, labels: int64 [T]; labels hold -100 where nothing is predicted.
         segment_ids: int64 [T], the ``Segment`` of the *predicted* token.
         loss_mask: bool [T], the predicted token is ACTION or REFLECTION.
-        cu_seqlens: int32 [B + 1], where sequences start. max_seqlen: the longest.
+        cu_seqlens: int32 [B + 1], where sequences start.
+        max_seqlen: tokens of the longest.
         advantages, old_log_probs, ref_log_probs: float32 [T], or None where not used (SFT).
         tree: which of the tokens are computed together; None where each is computed by itself.
     """
