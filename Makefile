@@ -1,15 +1,16 @@
-# make demo | test | lint | bench: each creates .venv and installs what it needs, once. PYTHON chooses the interpreter.
+# make demo | test | lint | docs | bench: each creates .venv and installs what it needs, once. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help:
 	@echo "make demo   build data, train and compare the agents, write runs/demo (under 10 minutes on 2 cores)"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the documentation as a site in build/site; a warning is an error"
 	@echo "make bench  time the kernels against eager and torch.compile"
 	@echo "make clean  remove .venv and build"
 
@@ -23,6 +24,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed-test
 	$(BIN)/pytest bench/

@@ -31,6 +31,7 @@ class Rate:
 
     @property
     def percent(self) -> float:
+        """The share in percent; NaN of no cases."""
         return 100.0 * self.hits / self.count if self.count else math.nan
 
     @property
@@ -46,6 +47,7 @@ class Rate:
         return 100 * max(0.0, min(p, centre - half)), 100 * min(1.0, max(p, centre + half))
 
     def to_dict(self) -> dict[str, Any] | None:
+        """For JSON; None of no cases."""
         if not self.count:
             return None
         return {"percent": self.percent, "interval": self.interval, "count": self.count}

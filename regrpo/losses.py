@@ -21,12 +21,20 @@ def policy_loss(
     """The objective over the trained tokens of a packed batch.
 
     Args:
-        hidden: of ``hidden_states``, [T, H] or [S, H]. weight, bias: the head, [V, H] and [V].
+        hidden: of ``hidden_states``, [T, H] or [S, H], fp32, bf16 or fp16.
+        weight: of the head, [V, H], in hidden's dtype.
+        bias: of the head, [V], likewise; or None.
         normalizer: trained tokens (or sequences, by ``objective.loss_agg_mode``) of the whole
             update, so that the gradient does not depend on how it is split into packs; None for
             those of this batch.
         by_segment: the sequences that have one ratio each (``ratio_level="sequence"``) are the
             segments of ``regrpo.options.segment_ratios``.
+
+    Returns:
+        As `linear_grpo_loss`; its per-token values are those of the trained tokens, in order.
+
+    Raises:
+        ValueError, TypeError: as `linear_grpo_loss`.
     """
     rows = batch.loss_mask.nonzero().squeeze(1)
     if by_segment:
@@ -61,7 +69,13 @@ def packed_log_probs(
     temperature: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Log-probabilities [T] of the trained tokens, 0 elsewhere."""
+    """Log-probabilities of the trained tokens, float32 [T], 0 elsewhere; no gradient.
+
+    Args:
+        hidden, weight, bias: as in ``policy_loss``.
+        temperature: logits are divided by it.
+        softcap: of the logits before that (Gemma 2).
+    """
     rows = batch.loss_mask.nonzero().squeeze(1)
     values = linear_token_log_probs(
         hidden.index_select(0, batch.computed(rows)),

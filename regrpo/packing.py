@@ -30,7 +30,8 @@ class PackedBatch:
         input_ids, position_ids, labels: int64 [T]; labels hold -100 where nothing is predicted.
         segment_ids: int64 [T], the ``Segment`` of the *predicted* token.
         loss_mask: bool [T], the predicted token is ACTION or REFLECTION.
-        cu_seqlens: int32 [B + 1], where sequences start. max_seqlen: the longest.
+        cu_seqlens: int32 [B + 1], where sequences start.
+        max_seqlen: tokens of the longest.
         advantages, old_log_probs, ref_log_probs: float32 [T], or None where not used (SFT).
         tree: which of the tokens are computed together; None where each is computed by itself.
     """
@@ -48,6 +49,7 @@ class PackedBatch:
     tree: PrefixTree | None = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
+        """The batch with all of its tensors on a device."""
         moved: dict[str, Any] = {
             name: value.to(device)
             for name, value in vars(self).items()
@@ -125,7 +127,9 @@ def collate(
 ) -> PackedBatch:
     """Packs trajectories in the order given.
 
-    ``share`` adds the prefix tree: what trajectories have in common is computed once.
+    Args:
+        with_old_log_probs: takes the trajectories' ``log_probs``, which all of them must have.
+        share: adds the prefix tree: what trajectories have in common is computed once.
     """
     lengths = torch.tensor([0, *(len(t) for t in trajectories)])
     cu_seqlens = lengths.cumsum(0)

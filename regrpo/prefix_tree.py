@@ -47,6 +47,7 @@ class PrefixTree:
     Attributes:
         input_ids, position_ids: int64 [S]; positions continue along a branch.
         source: int64 [T], the row that computes each token, sequence after sequence.
+        nodes: the branches, in the order of their rows.
     """
 
     input_ids: torch.Tensor
@@ -58,6 +59,7 @@ class PrefixTree:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str) -> "PrefixTree":
+        """The tree with its tensors on a device."""
         return PrefixTree(
             self.input_ids.to(device),
             self.position_ids.to(device),

@@ -100,14 +100,17 @@ class Trajectory:
 
     @property
     def reflection_tokens(self) -> int:
+        """Tokens of its reflections."""
         return self.tokens.count(Segment.REFLECTION)
 
     @property
     def trained_tokens(self) -> int:
+        """Tokens of its calls and reflections."""
         return self.tokens.count(Segment.ACTION) + self.reflection_tokens
 
 
 def task_start(task: Task) -> Start:
+    """Where an episode of a task begins."""
     return Start(task, tuple(opening(task.question)))
 
 

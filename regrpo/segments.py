@@ -40,11 +40,13 @@ class TokenizedTrajectory:
     def extend(
         self, ids: Sequence[int], segment: Segment, log_probs: Sequence[float] | None = None
     ) -> None:
+        """Appends tokens of one segment; without ``log_probs`` they were not sampled."""
         self.input_ids.extend(ids)
         self.segment_ids.extend([int(segment)] * len(ids))
         self.log_probs.extend([0.0] * len(ids) if log_probs is None else log_probs)
 
     def count(self, segment: Segment) -> int:
+        """How many tokens belong to a segment."""
         return self.segment_ids.count(int(segment))
 
 
@@ -222,6 +224,7 @@ class ChatFormat:
         self._pieces: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
+        """The text's tokens, without any that the tokenizer adds by itself."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -60,6 +60,7 @@ class Task:
 
     @property
     def trapped(self) -> bool:
+        """Whether the wording suggests a call that fails."""
         return any(step.trap is not None for step in self.steps)
 
 

@@ -75,6 +75,7 @@ class Reflection:
                 raise ValueError(f"{name} must be one line, without white space around: {value!r}")
 
     def render(self) -> str:
+        """The block of four lines that `reflection_span` finds and `parse_turn` reads."""
         return (
             f"Reflection:\n- ErrorType: {self.error_type}\n- Evidence: {self.evidence}\n"
             f"- FixPlan: {self.fix_plan}\n"
@@ -97,6 +98,7 @@ class Turn:
             )
 
     def render(self) -> str:
+        """The text of the turn; `parse_turn` gives an equal turn back."""
         reflection = self.reflection.render() if self.reflection else ""
         return f"{reflection}Thought: {self.thought}\n\nCode:\n```py\n{self.call.render()}\n```"
 

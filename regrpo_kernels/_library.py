@@ -104,8 +104,13 @@ _isa = "auto"
 
 @contextmanager
 def force_isa(isa: str) -> Iterator[None]:
-    """Run the CPU kernels with one of `build_info()["cpu_isas_usable"]`; for tests and
-    benchmarks.
+    """Runs the CPU kernels of a `with` block on another instruction set; for tests and benchmarks.
+
+    Args:
+        isa: one of `build_info()["cpu_isas_usable"]`.
+
+    Raises:
+        ValueError: this processor, or this build, does not have it.
     """
     global _isa
     usable = _C.build_info()["cpu_isas_usable"]

@@ -215,10 +215,8 @@ def reflection_advantages(
     gradient.
 
     On CPU the values of `segment_ids` and `cu_seqlens` are checked. On GPU they are not, because
-    looking at them
-    would wait for the device: a token with an unknown segment id is not trained, and tokens
-        outside `cu_seqlens` are
-    left unwritten.
+    looking at them would wait for the device: a token with an unknown segment id is not trained,
+    and tokens outside `cu_seqlens` are left unwritten.
 
     Args:
         success: `[B]`, bool, integer or floating; taken as float32. NaN: unknown, counts for

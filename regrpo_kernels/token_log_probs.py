@@ -29,7 +29,13 @@ from regrpo_kernels._library import (
 
 
 class TokenLogProbs(NamedTuple):
-    """fp32, shaped like the labels; zero where the label is -100. `lse` carries no gradient."""
+    """Of every row; fp32, shaped like the labels, zero where the label is -100.
+
+    Attributes:
+        log_probs: of the labels, differentiable.
+        lse: log of the sum of the exponentials of the scaled logits; carries no gradient.
+        entropy: in nats, differentiable; None if it was not asked for.
+    """
 
     log_probs: Tensor
     lse: Tensor

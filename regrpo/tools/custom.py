@@ -130,6 +130,7 @@ def bind(name: str, signature: inspect.Signature, call: ToolCall) -> dict[str, A
 
 
 def type_name(hint: Any) -> str:
+    """A type as it is written in code."""
     return str(inspect.formatannotation(hint))
 
 

@@ -96,8 +96,22 @@ def triton_grpo_loss(
         completion_ids: `[B, L]`.
         advantages: `[B]`, or `[B, L]`.
         completion_mask: `[B, L]` of 0 and 1. Masked logits are never read.
-        vllm_is_ratio: `[B]`, `[B, 1]` or `[B, L]`, at least 0.
-        The others as in Liger; `eps_high` is the bound itself for "cispo".
+        temperature: logits are divided by it.
+        beta: weight of the KL against `ref_logp`.
+        eps_low, eps_high: the ratio is clipped to `[1 - eps_low, 1 + eps_high]`; for "cispo",
+            `eps_high` is the bound itself.
+        inplace: write the gradient over the logits in backward.
+        loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo" or "vespo".
+        max_completion_length: tokens; divides "dr_grpo", None for L.
+        importance_sampling_level: of the ratio, "token" or "sequence".
+        reduce: return the loss of the batch instead of the tokens'.
+        sapo_temperature_pos, sapo_temperature_neg: of "sapo", for positive and other advantages.
+        vllm_is_ratio: factors of the losses, `[B]`, `[B, 1]` or `[B, L]`, at least 0.
+        delta: cap of the unclipped ratio; None for none.
+        use_bias_correction_kl: the KL of a token times its ratio.
+        num_items_in_batch: trained tokens of the whole batch, for "dapo", "cispo" and "vespo".
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape of the weight of
+            "vespo", for advantages from 0 up and below 0.
 
     Returns:
         `(loss [B, L], kl [B, L] or None, is_clipped [B, L])`, or with `reduce`

@@ -115,13 +115,19 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Args:
-            _input: `[B, T, H]`; lin_weight `[V, H]` and bias `[V]` are cast to its dtype.
+        """The loss of a batch.
+
+        Args:
+            _input: `[B, T, H]`, fp32, bf16 or fp16.
+            lin_weight, bias: the head, `[V, H]` and `[V]`; cast to the dtype of `_input`.
             selected_token_ids, attention_mask: `[B, T]`; 0 in the mask skips the token.
             advantages: `[B]`, or `[B, T]`.
-            ref_per_token_logps: `[B, T]`; or else ref_input `[B, T, H]`, ref_weight and ref_bias.
+            ref_per_token_logps: `[B, T]`, for the KL.
+            ref_input, ref_weight, ref_bias: what they are made of where they are not given; shaped
+                like `_input`, `lin_weight` and `bias`.
             old_per_token_logps: `[B, T]`; None: a ratio of 1.
-            vllm_is_ratio: `[B]`, `[B, 1]` or `[B, T]`, at least 0.
+            vllm_is_ratio: factors of the losses, `[B]`, `[B, 1]` or `[B, T]`, at least 0.
+            num_items_in_batch: as in `triton_grpo_loss`.
 
         Returns:
             `(loss, (kl, clip_ratio))`, 0-d, without the kl where `beta=0`.
