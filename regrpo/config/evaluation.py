@@ -120,7 +120,7 @@ class DemoConfig:
     seed: int = 0
     pretrain_steps: int = 500
     data_tasks: int = 8000
-    sft_steps: int = 500
+    sft_steps: int = 300
     rl_steps: int = 120
     eval_tasks: int = 320
 
