@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from regrpo.cached_rows import CachedRows
 from regrpo.decoding import DECODE, Continuations, decodes
+from regrpo.merged_adapter import merged_adapter
 from regrpo.modeling import CausalLM, attention, base_model
 from regrpo.segments import ChatFormat
 from regrpo_kernels import token_log_probs
@@ -144,16 +145,17 @@ class LocalSession:
         self._model.eval()
         results: dict[int, Sample] = {}
         kept = 0
-        for batch in self._batches:
-            going = [number for number in batch.numbers if number in given]
-            # Shortest first, whether or not keys are kept: the same rows get the same draws.
-            batch.numbers = sorted(going, key=lambda number: len(given[number]))
-            if batch.numbers:
-                results |= self._turn(batch, given, limit)
-                kept += batch.rows.nbytes if batch.rows is not None else 0
-            if not batch.numbers or kept > self._cache_bytes:
-                kept -= batch.rows.nbytes if batch.rows is not None else 0
-                batch.rows = None
+        with merged_adapter(self._model):
+            for batch in self._batches:
+                going = [number for number in batch.numbers if number in given]
+                # Shortest first, whether or not keys are kept: the same rows get the same draws.
+                batch.numbers = sorted(going, key=lambda number: len(given[number]))
+                if batch.numbers:
+                    results |= self._turn(batch, given, limit)
+                    kept += batch.rows.nbytes if batch.rows is not None else 0
+                if not batch.numbers or kept > self._cache_bytes:
+                    kept -= batch.rows.nbytes if batch.rows is not None else 0
+                    batch.rows = None
         self._model.train(was_training)
         return [results[number] for number in numbers]
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from peft.tuners import lora
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from regrpo.decoding import few_row_linear
 from regrpo.losses import packed_log_probs
+from regrpo.merged_adapter import merged_adapter
 from regrpo.modeling import head, hidden_states, load_model
 from regrpo.packing import collate
 from regrpo.sampling import LocalPolicy, sample
@@ -201,3 +203,57 @@ def test_the_head_of_few_rows_is_the_head(rows, with_bias):
     found = few_row_linear(hidden, weight, bias)
     assert found.is_contiguous()
     torch.testing.assert_close(found, torch.nn.functional.linear(hidden, weight, bias))
+
+
+@pytest.fixture
+def adapted(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), dtype=torch.float64, lora_rank=2).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def test_a_merged_adapter_computes_the_same_and_leaves_the_very_weights(adapted):
+    ids = torch.arange(1, 13)[None]
+    before = {name: (p.data_ptr(), p.clone()) for name, p in adapted.named_parameters()}
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        with merged_adapter(adapted):
+            merged = [n for n, p in adapted.named_parameters() if p.data_ptr() != before[n][0]]
+            assert merged
+            assert all(name.endswith("base_layer.weight") for name in merged)
+            torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-9, atol=1e-9)
+        with pytest.raises(KeyboardInterrupt), merged_adapter(adapted):
+            raise KeyboardInterrupt
+        assert torch.equal(adapted(ids).logits, expected)
+        with adapted.disable_adapter():
+            assert not torch.allclose(adapted(ids).logits, expected)
+    for name, parameter in adapted.named_parameters():
+        assert parameter.data_ptr() == before[name][0], name
+        assert torch.equal(parameter, before[name][1]), name
+
+
+def test_an_adapter_is_not_rounded_into_bfloat16(adapted):
+    half = adapted.to(torch.bfloat16)
+    before = {name: p.data_ptr() for name, p in half.named_parameters()}
+    with merged_adapter(half):
+        assert before == {name: p.data_ptr() for name, p in half.named_parameters()}
+
+
+def test_sampling_merges_the_adapter_and_log_probs_are_those_without(adapted, prompts, monkeypatch):
+    adapted.float()
+    merges = []
+    merge = lora.Linear.merge
+    monkeypatch.setattr(
+        lora.Linear, "merge", lambda layer, **kwargs: (merges.append(layer), merge(layer, **kwargs))
+    )
+    results = run(adapted, prompts, stop_id=-1)
+    assert len(merges) == sum(isinstance(m, lora.Linear) for m in adapted.modules()) > 0
+    for prompt, result in zip(prompts, results, strict=True):
+        with torch.no_grad():
+            logits = adapted(torch.tensor([prompt + result.ids])).logits[0, len(prompt) - 1 : -1]
+        forced = logits.log_softmax(-1).gather(1, torch.tensor(result.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(result.log_probs), forced, rtol=1e-4, atol=1e-4)
