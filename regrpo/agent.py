@@ -6,7 +6,7 @@ from typing import Any
 
 from regrpo.config import RunConfig, TriggerConfig
 from regrpo.environment import LocalEnvironment, Workspace
-from regrpo.modeling import base_model, load_model, load_tokenizer
+from regrpo.modeling import base_model, load_image_reader, load_model, load_tokenizer
 from regrpo.prompts import opening
 from regrpo.rollout import Trajectory, TurnRecord, run
 from regrpo.sampling import LocalPolicy
@@ -96,6 +96,7 @@ class ReGRPOAgent:
             seed=seed,
             stop_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
             max_length=getattr(inner.config.get_text_config(), "max_position_embeddings", None),
+            reader=load_image_reader(self.config.model, tokenizer),
         )
 
     def run(

@@ -26,6 +26,7 @@ from regrpo.modeling import (
     base_model,
     head,
     hidden_states,
+    language_side,
     load_model,
 )
 from regrpo.packing import PackedBatch, blank
@@ -103,7 +104,9 @@ class PackedModel(torch.nn.Module):
 
 
 def _layers_to_recompute(model: CausalLM) -> list[GradientCheckpointingLayer]:
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [
+        m for m in language_side(model).modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
     name = type(base_model(model)).__name__
     if not layers:
         raise NotImplementedError(

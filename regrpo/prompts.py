@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from regrpo.images import placeholder, without_placeholders
 from regrpo.tools import TOOLS, signature_text
 from regrpo.tools.custom import CustomTool
 from regrpo.trajectory import Message
@@ -32,9 +33,15 @@ def opening(question: str, tools: Sequence[CustomTool] = ()) -> list[Message]:
     ]
 
 
-def observation_turn(step: int, observation: str) -> str:
-    """The user turn that carries an observation; a failed and a corrected call share their step."""
-    return f"[OUTPUT OF STEP {step}] -> Observation:\n{observation}"
+def observation_turn(step: int, observation: str, image: int | None = None) -> str:
+    """The user turn that carries an observation; a failed and a corrected call share their step.
+
+    Args:
+        image: number of the image that was observed with it, if any.
+    """
+    shown = without_placeholders(observation)
+    behind = "" if image is None else f"\n{placeholder(image)}"
+    return f"[OUTPUT OF STEP {step}] -> Observation:\n{shown}{behind}"
 
 
 def step_of(content: str) -> int:

@@ -32,6 +32,8 @@ class Start:
             them only failures fire the trigger here.
         demonstration: executed turns that go on from here and end in the right call; empty where
             there are none.
+        images: files, PNG or another format that Pillow reads; number n is what the messages call
+            ``<image_0n>``.
     """
 
     task: Task
@@ -42,3 +44,4 @@ class Start:
     error_type: str | None = None
     confidences: tuple[float, ...] = ()
     demonstration: tuple[Message, ...] = ()
+    images: tuple[bytes, ...] = ()

@@ -16,10 +16,14 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Observation:
-    """The text shown to the model, and how the call ended."""
+    """What is shown to the model, and how the call ended.
+
+    ``image``: a PNG file that belongs to the text, for models that see images.
+    """
 
     text: str
     status: Status
+    image: bytes | None = None
 
 
 def failure(error: BaseException, hint: str = "") -> Observation:

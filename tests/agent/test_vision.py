@@ -1,0 +1,288 @@
+"""Vision-language models: packed, shared and sampled against one sequence at a time."""
+
+import copy
+
+import pytest
+import torch
+from test_shared_context import in_double
+from transformers import LlavaConfig
+from vision_models import FAMILIES, image_processor, png, vision_model, with_markup
+
+from regrpo.images import (
+    image_rows,
+    placeholder,
+    read_images,
+    rotary_positions,
+    without_placeholders,
+)
+from regrpo.modeling import head, hidden_states, load_image_reader, load_model, load_tokenizer
+from regrpo.packing import collate
+from regrpo.sampling import LocalPolicy
+from regrpo.segments import ChatFormat, TokenizedTrajectory, tokenize_conversation
+from regrpo.small_model import build_model
+from regrpo_kernels import Segment
+
+FILES = (png(16, 24, seed=1), png(24, 16, seed=2), png(16, 24, seed=3), png(40, 8, seed=4))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_with_images(tokenizer):
+    return with_markup(copy.deepcopy(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer_with_images, tmp_path_factory):
+    """Saved models by their family."""
+    found = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        vision_model(family, tokenizer_with_images).save_pretrained(folder)
+        tokenizer_with_images.save_pretrained(folder)
+        image_processor().save_pretrained(folder)
+        found[family] = str(folder)
+    return found
+
+
+@pytest.fixture(params=FAMILIES)
+def loaded(request, folders):
+    """Model in fp64, tokenizer and reader, as the trainer loads them."""
+    folder = folders[request.param]
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype=torch.float64).eval()
+    return in_double(model), tokenizer, load_image_reader(folder, tokenizer)
+
+
+@pytest.fixture
+def reader(folders):
+    tokenizer = load_tokenizer(folders["qwen2-vl"])
+    return load_image_reader(folders["qwen2-vl"], tokenizer), tokenizer
+
+
+def conversation(*turns):
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)
+    ]
+
+
+# Images in any turn, several in one, one twice, a literal name in what the model says.
+CONVERSATIONS = [
+    conversation("Task: read <image_00> and\n<image_01>", "Thought: oak <image_00>", "seen"),
+    conversation("Task: read <image_00> and\n<image_02>", "Thought: oak", "saw <image_03> fig"),
+    conversation("Task: no image", "Thought: fig"),
+    conversation("Task: read <image_00> and\n<image_01>", "Thought: oak <image_00>", "<image_00>"),
+]
+
+
+def tokenized(tokenizer, reader):
+    images = read_images(reader, FILES)
+    return [
+        tokenize_conversation(tokenizer, c, reader=reader, images=images) for c in CONVERSATIONS
+    ]
+
+
+def alone(model, trajectory):
+    """Hidden states of one sequence as transformers computes them: its own attention and rope."""
+    ids = torch.tensor(trajectory.input_ids)
+    shown, _ = image_rows(ids.numpy(), trajectory.images)
+    order = []
+    for i, value in enumerate(trajectory.input_ids):
+        if value < 0 and (i == 0 or trajectory.input_ids[i - 1] != value):
+            order.append(trajectory.images[value])
+    inputs = {}
+    if order:
+        inputs = {
+            "pixel_values": torch.cat([image.pixel_values for image in order]),
+            "image_grid_thw": torch.tensor([image.grid for image in order]),
+            "mm_token_type_ids": (ids < 0).int()[None],
+        }
+    model.model.rope_deltas = None
+    output = model.model(input_ids=torch.from_numpy(shown)[None], use_cache=False, **inputs)
+    return output.last_hidden_state[0]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_packed_hidden_states_are_those_of_each_alone(loaded, share):
+    model, tokenizer, reader = loaded
+    trajectories = tokenized(tokenizer, reader)
+    batch = collate(trajectories, share=share)
+    with torch.no_grad():
+        hidden = hidden_states(model, batch)
+        expected = torch.cat([alone(model, t) for t in trajectories])
+    rows = batch.computed(torch.arange(len(batch.input_ids)))
+    scale = expected.abs().max()
+    assert (hidden[rows] - expected).abs().max() < 1e-9 * scale
+    if share:
+        assert len(batch.tree) < len(batch.input_ids)
+        # The pixels of each image once, however many sequences show it.
+        assert len(batch.images.grid_thw) == len(FILES)
+
+
+def test_gradients_of_a_shared_batch_are_those_of_each_alone(loaded):
+    model, tokenizer, reader = loaded
+    trajectories = tokenized(tokenizer, reader)
+    weights = torch.randn(sum(map(len, trajectories)), generator=torch.Generator().manual_seed(0))
+
+    def gradients(hidden):
+        loss = ((hidden @ head(model)[0].T).logsumexp(-1) * weights.double()).sum()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.autograd.grad(loss, trained, allow_unused=True)
+
+    batch = collate(trajectories, share=True)
+    rows = batch.computed(torch.arange(len(batch.input_ids)))
+    ours = gradients(hidden_states(model, batch)[rows])
+    theirs = gradients(torch.cat([alone(model, t) for t in trajectories]))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp(min=1e-6)
+
+
+def test_only_the_language_side_is_trained(folders, tmp_path):
+    for rank in (0, 4):
+        model = load_model(folders["qwen2-vl"], lora_rank=rank)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained
+        assert not [name for name in trained if "visual" in name]
+    adapted = [name for name in trained if "lora" in name]
+    assert adapted == trained
+    assert all("self_attn" in name for name in adapted)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_model(str(tmp_path / "adapter"))
+    assert [name for name, p in again.named_parameters() if p.requires_grad] == trained
+
+
+def test_positions_are_those_of_transformers(loaded):
+    model, tokenizer, reader = loaded
+    for trajectory in tokenized(tokenizer, reader):
+        ids = torch.tensor(trajectory.input_ids)
+        order = [
+            trajectory.images[value].grid
+            for i, value in enumerate(trajectory.input_ids)
+            if value < 0 and trajectory.input_ids[i - 1] != value
+        ]
+        expected, _ = model.model.get_rope_index(
+            ids[None], (ids < 0).int()[None], torch.tensor(order) if order else None
+        )
+        found = rotary_positions(trajectory.input_ids, trajectory.images)
+        assert found.tolist() == expected[:, 0].tolist()
+
+
+def test_an_image_keeps_all_of_its_tokens_and_is_never_trained(reader):
+    reader, tokenizer = reader
+    images = read_images(reader, FILES)
+    trajectory = tokenize_conversation(tokenizer, CONVERSATIONS[1], reader=reader, images=images)
+    for name in ("<image_00>", "<image_02>", "<image_03>"):
+        image = images[name]
+        places = [i for i, value in enumerate(trajectory.input_ids) if value == image.key]
+        assert len(places) == len(image) == image.grid[1] * image.grid[2] // 4
+        kinds = {trajectory.segment_ids[i] for i in places}
+        late = Segment.OBSERVATION if name == "<image_03>" else Segment.CONTEXT
+        assert kinds == {int(late)}
+    assert not collate([trajectory]).loss_mask[torch.tensor(trajectory.input_ids) < 0][1:].any()
+
+
+def test_what_the_model_says_shows_nothing(reader):
+    reader, tokenizer = reader
+    images = read_images(reader, FILES)
+    said = tokenize_conversation(tokenizer, CONVERSATIONS[0], reader=reader, images=images)
+    assert len([v for v in said.input_ids if v < 0]) == len(images["<image_00>"]) + len(
+        images["<image_01>"]
+    )
+
+
+def test_names_of_images_in_what_tools_say_are_text():
+    assert "<image_00>" not in without_placeholders("a file that says <image_00>")
+    assert without_placeholders("<b> image_00") == "<b> image_00"
+
+
+def test_a_prompt_and_an_observation_are_as_in_the_whole_conversation(reader):
+    reader, tokenizer = reader
+    images = read_images(reader, FILES)
+    chat = ChatFormat(tokenizer, reader)
+    messages = [*CONVERSATIONS[0], {"role": "assistant", "content": "oak"}]
+    whole = tokenize_conversation(tokenizer, messages, reader=reader, images=images).input_ids
+    prompt = chat.prompt(messages[:1], images)
+    turn = [*chat.encode(messages[1]["content"]), chat.end_id]
+    observed = chat.observation(messages[2]["content"], images)
+    assert (prompt + turn + observed) == whole[: len(prompt + turn + observed)]
+    assert chat.prompt(messages[:3], images) == prompt + turn + observed
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_sampled_log_probs_are_those_of_the_packed_model(loaded, cache_bytes):
+    """Two turns with images before and between them; rows of a group, and others."""
+    model, tokenizer, reader = loaded
+    model.float()
+    images = read_images(reader, FILES)
+    policy = LocalPolicy(
+        model, tokenizer, max_new_tokens=5, reader=reader, cache_gib=cache_bytes / 2**30
+    )
+    chat = policy.chat
+    prompts = [
+        chat.prompt(messages[:1], images) for messages in (*CONVERSATIONS[:3], CONVERSATIONS[0])
+    ]
+    session = policy.session()
+    first = session.generate(prompts, range(4))
+    seen = [chat.observation(text, images) for text in ("saw <image_03>", "oak", "<image_01> fig")]
+    later = [p + s.ids + o for p, s, o in zip(prompts, first, [*seen, seen[0]], strict=True)]
+    second = session.generate([later[i] for i in (0, 2, 3)], [0, 2, 3])
+    for number, sample in zip((0, 2, 3), second, strict=True):
+        rows = [[*later[number], *sample.ids]]
+        batch = collate([_trajectory(rows[0], images)])
+        with torch.no_grad():
+            logits = hidden_states(model, batch) @ head(model)[0].T
+        log_probs = logits.log_softmax(-1)
+        for ids, values, begin in (
+            (first[number].ids, first[number].log_probs, len(prompts[number])),
+            (sample.ids, sample.log_probs, len(later[number])),
+        ):
+            for i, (token, value) in enumerate(zip(ids, values, strict=True)):
+                assert log_probs[begin + i - 1, token].item() == pytest.approx(value, abs=1e-4)
+
+
+def _trajectory(ids, images):
+    by_key = {image.key: image for image in images.values()}
+    return TokenizedTrajectory(list(ids), [0] * len(ids), [], by_key)
+
+
+def test_reading(reader):
+    reader, _ = reader
+    image = reader.read(FILES[0], "a.png")
+    assert reader.read(FILES[0], "b.png") is image
+    assert reader.read(FILES[2], "c.png").key != image.key
+    assert len(image.pixel_values) == image.grid[1] * image.grid[2]
+    for data in (b"", b"no image", FILES[0][:40]):
+        with pytest.raises(ValueError, match=r"broken\.png: .*expected an image that Pillow reads"):
+            reader.read(data, "broken.png")
+
+
+def test_images_and_a_model_that_sees_none():
+    with pytest.raises(ValueError, match="shows <image_02>, and a model that sees no images"):
+        read_images(None, FILES[:1], 2)
+    assert read_images(None, ()) == {}
+
+
+def test_a_text_model_has_no_reader(tmp_path, tokenizer):
+    build_model(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_image_reader(str(tmp_path), tokenizer) is None
+
+
+def test_a_vision_model_without_its_processor_is_said(folders, tmp_path, tokenizer_with_images):
+    folder = tmp_path / "bare"
+    load_model(folders["qwen2-vl"]).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"the image processor of .*bare cannot be loaded"):
+        load_image_reader(str(folder), tokenizer_with_images)
+    LlavaConfig().save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    with pytest.raises(ValueError, match="llava lacks one of vision_start_token_id"):
+        load_image_reader(str(folder), tokenizer_with_images)
+
+
+def test_placeholders_count_on():
+    assert [placeholder(i) for i in (0, 9, 10, 123)] == [
+        "<image_00>",
+        "<image_09>",
+        "<image_10>",
+        "<image_123>",
+    ]
