@@ -172,7 +172,7 @@ def load_packed(config: SFTConfig | TrainConfig, ranks: Ranks = ALONE) -> Packed
         total = sum(p.detach().double().sum().item() for p in model.parameters())
         ranks.require_same(total, "the sum of the weights")
         if config.parallel == "fsdp":
-            shard(packed, base_model(model), packed.dtype)
+            shard(packed, language_side(model), packed.dtype)
             with torch.no_grad():  # FSDP takes the module that is called first for the root
                 packed(blank().to(base_model(model).device))
             release(packed)

@@ -1,13 +1,17 @@
 """Vision-language models: packed, shared and sampled against one sequence at a time."""
 
 import copy
+import shutil
 
 import pytest
 import torch
+from runs import metrics_of
 from test_shared_context import in_double
 from transformers import LlavaConfig
 from vision_models import FAMILIES, image_processor, png, vision_model, with_markup
 
+from regrpo.config import LoraSettings, OptimConfig, SFTConfig, SourceConfig, TrainConfig
+from regrpo.copying import WORDS
 from regrpo.images import (
     image_rows,
     placeholder,
@@ -15,11 +19,22 @@ from regrpo.images import (
     rotary_positions,
     without_placeholders,
 )
+from regrpo.learner import Learner
 from regrpo.modeling import head, hidden_states, load_image_reader, load_model, load_tokenizer
-from regrpo.packing import collate
+from regrpo.packing import collate, pack_groups
+from regrpo.prompts import observation_turn
+from regrpo.record_images import record_images
+from regrpo.records import write_records
+from regrpo.rollout import conversation as conversation_behind
+from regrpo.rollout import run
 from regrpo.sampling import LocalPolicy
 from regrpo.segments import ChatFormat, TokenizedTrajectory, tokenize_conversation
+from regrpo.sft import run_sft
 from regrpo.small_model import build_model
+from regrpo.tasks import Step, Task
+from regrpo.tool_calls import ToolCall
+from regrpo.tools import Observation, Status
+from regrpo.trajectory import Start
 from regrpo_kernels import Segment
 
 FILES = (png(16, 24, seed=1), png(24, 16, seed=2), png(16, 24, seed=3), png(40, 8, seed=4))
@@ -286,3 +301,174 @@ def test_placeholders_count_on():
         "<image_10>",
         "<image_123>",
     ]
+
+
+# Training on records and trajectories with images.
+
+
+def write_corpus(folder, count=6):
+    """Records that show a page and, as an observation, a crop."""
+    (folder / "images").mkdir()
+    records = []
+    for index in range(count):
+        names = [f"images/{index}.png", f"images/{index}-crop.png"]
+        for number, name in enumerate(names):
+            (folder / name).write_bytes(png(16 + 8 * number, 16, seed=2 * index + number))
+        turns = conversation(
+            "Task: read <image_00>",
+            "Thought: look.",
+            observation_turn(0, "crop", 1),
+            f"Thought: I know the answer.\n\nCode:\n```py\nfinal_answer('{WORDS[index]}')\n```",
+        )
+        image = {placeholder(number): name for number, name in enumerate(names)}
+        records.append({"id": str(index), "image": image, "answer": "", "conversations": turns})
+    write_records(folder / "records.jsonl", records)
+    return records
+
+
+@pytest.fixture
+def corpus_with_images(tmp_path):
+    return write_corpus(tmp_path)
+
+
+def vision_sft(folder, tmp_path, **kwargs):
+    defaults = {
+        "model": folder,
+        "out": str(tmp_path / "run"),
+        "data": [SourceConfig(str(tmp_path / "records.jsonl"), mask="clean")],
+        "steps": 4,
+        "save_every": 2,
+        "batch_tokens": 2000,
+        "optim": OptimConfig(lr=1e-3),
+    }
+    return SFTConfig(**{**defaults, **kwargs})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft_on_records_with_images(folders, family, tmp_path, corpus_with_images):
+    config = vision_sft(folders[family], tmp_path, lora=LoraSettings(rank=4))
+    out = run_sft(config)
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    tokenizer = load_tokenizer(out)
+    reader = load_image_reader(out, tokenizer)  # the processor lies beside the adapter
+    assert reader.processor.patch_size == 4
+    assert len(reader.read(FILES[0], "a")) == len(
+        load_image_reader(folders[family], tokenizer).read(FILES[0], "a")
+    )
+    # Without the images the very same text is less likely: what was learned looks at them.
+    before = load_model(folders[family])
+    assert not torch.equal(*(_mean_hidden(m, tokenizer, reader) for m in (before, load_model(out))))
+
+
+def _mean_hidden(model, tokenizer, reader):
+    batch = collate(tokenized(tokenizer, reader))
+    with torch.no_grad():
+        return hidden_states(model, batch).mean(0)
+
+
+def test_the_vision_tower_stays_as_it_was(folders, tmp_path, corpus_with_images):
+    out = run_sft(vision_sft(folders["qwen2-vl"], tmp_path, gradient_checkpointing=True))
+    before, after = (load_model(f).state_dict() for f in (folders["qwen2-vl"], out))
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == ("visual" in name), name
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(folders, tmp_path, corpus_with_images):
+    whole = vision_sft(folders["qwen2-vl"], tmp_path, out=str(tmp_path / "whole"))
+    run_sft(whole)
+    half = vision_sft(folders["qwen2-vl"], tmp_path, out=str(tmp_path / "half"))
+    run_sft(half)
+    for name in ("model", "checkpoints/00000004"):
+        shutil.rmtree(tmp_path / "half" / name, ignore_errors=True)
+    for path in (tmp_path / "half" / "checkpoints").iterdir():
+        if "4" in path.name:
+            shutil.rmtree(path)
+    run_sft(half)
+    assert metrics_of(tmp_path / "half") == metrics_of(tmp_path / "whole")
+
+
+def test_images_that_are_missing_or_broken_are_named_and_the_rest_is_trained(
+    folders, tmp_path, corpus_with_images, capsys
+):
+    (tmp_path / "images/1.png").unlink()
+    (tmp_path / "images/2-crop.png").write_bytes(b"no image")
+    run_sft(vision_sft(folders["qwen2-vl"], tmp_path, steps=1))
+    told = capsys.readouterr().out
+    assert "left out 1 records: image images/1.png: No such file or directory" in told
+    assert "left out 1 records: image images/2-crop.png: " in told
+
+
+def test_a_text_model_refuses_records_with_images(tmp_path, tokenizer, corpus_with_images):
+    build_model(tokenizer).save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    config = vision_sft(str(tmp_path / "text"), tmp_path)
+    with pytest.raises(ValueError, match="record '0' shows <image_00>, and the model sees no"):
+        run_sft(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("image", ["page.png", ["page.png"], {"<image_00>": 3}])
+def test_another_form_of_image_is_said(reader, tmp_path, image):
+    record = {"id": "7", "image": image, "conversations": conversation("<image_00>", "fig")}
+    with pytest.raises(ValueError, match=r"record '7': image is .*expected .\"<image_00>\": "):
+        record_images(record, tmp_path, reader[0])
+
+
+TASK = Task("t", "page", "", "", (), (Step(ToolCall("crop", ())),))
+
+
+class Camera:
+    """An environment whose every first call of a step gives a picture and a failure."""
+
+    def __init__(self):
+        self.given = []
+
+    def execute(self, requests):
+        self.given += requests
+        status = Status.EMPTY if len(self.given) <= len(requests) else Status.OK
+        return [
+            Observation(f"crop {len(text)} <image_00>", status, png(24, 16, seed=len(text)))
+            for _, text in requests
+        ]
+
+
+def test_trajectories_with_observed_images_are_learned_as_they_were_sampled(loaded):
+    """The learner's log-probs of shared branches are the sampler's, images in both."""
+    model, tokenizer, reader = loaded
+    model.float()
+    messages = conversation("Task: read <image_00> and <image_01>")
+    starts = [
+        Start(TASK, tuple(messages), expected="x", images=(page, FILES[1]))
+        for page in (FILES[0], FILES[2])
+    ]
+    policy = LocalPolicy(model, tokenizer, max_new_tokens=6, reader=reader)
+    trajectories = run(
+        policy, Camera(), [s for s in starts for _ in range(3)], reflect=True, whole=False
+    )
+    assert all(len(t.turns) == 2 for t in trajectories)
+    config = TrainConfig(model="", out="", steps=1, beta=0.0)
+    learner = Learner(model, config)
+    tokens = [t.tokens for t in trajectories]
+    for rows in pack_groups([[0, 1, 2], [3, 4, 5]], tokens, 10_000):
+        batch = collate([tokens[i] for i in rows], with_old_log_probs=True, share=True)
+        assert len(batch.tree) < len(batch.input_ids)
+        now = learner.log_probs(batch)[batch.loss_mask]
+        assert (now - batch.old_log_probs[batch.loss_mask]).abs().max() < 1e-4
+    # Read anew from messages and files, the conversation begins with the same tokens.
+    sampled = trajectories[0]
+    shown, images = conversation_behind(sampled.start, sampled.turns, sees=True)
+    assert len(images) == 4
+    again = ChatFormat(tokenizer, reader).prompt(shown, read_images(reader, images))
+    count = sampled.tokens.segment_ids.index(int(Segment.ACTION))
+    assert again[:count] == sampled.tokens.input_ids[:count]
+
+
+def test_an_observed_image_is_for_models_that_see(environment, tokenizer):
+    """A text model is shown the text of an observation, without a name for the image."""
+    start = Start(TASK, tuple(conversation("Task: look")))
+    policy = LocalPolicy(build_model(tokenizer), tokenizer, max_new_tokens=3)
+    (trajectory,) = run(policy, Camera(), [start], reflect=False, whole=False)
+    text = tokenizer.decode(trajectory.tokens.input_ids)
+    assert "crop" in text
+    assert "<image_" not in text
