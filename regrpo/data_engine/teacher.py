@@ -21,7 +21,16 @@ _EDGE = re.compile(r"(?:^|\s)(\S+) -> (\S+?)(?=[\s,;]|$)", re.MULTILINE)
 def explain(
     error_type: str, failed: ToolCall, observation: str, corrected: ToolCall
 ) -> Reflection | None:
-    """The triplet for a repair, or None if the observation does not tell how to make it."""
+    """The triplet for a repair, or None if the observation does not tell how to make it.
+
+    Where an argument has the wrong type the error tells of the mistake: it is the evidence.
+    """
+    pairs = zip(failed.args, corrected.args, strict=False)
+    retyped = next((b for a, b in pairs if type(a) is not type(b)), None)
+    if failed.name == corrected.name and retyped is not None:
+        numbers = [b for b in corrected.args if isinstance(b, int)]
+        plan = f"use {retyped if isinstance(retyped, str) else numbers}"
+        return Reflection(error_type, _first_line(observation), plan)
     if failed.name != corrected.name or len(failed.args) != len(corrected.args):
         return Reflection(error_type, _first_line(observation), f"use {corrected.name}")
     wrong, right = _difference(failed.args, corrected.args)
@@ -116,30 +125,16 @@ class Teacher(Protocol):
 
 
 class GroundedTeacher:
-    """`explain` for each case.
-
-    Where an argument has the wrong type, or what is right was known before, the error is what tells
-    of the mistake: it is the evidence.
-    """
+    """`explain` for each case; where what is right was known before, the error is the evidence."""
 
     def explain(self, cases: Sequence[Case]) -> list[Reflection | Declined]:
         """See `Teacher.explain`."""
         return [self._explain(case) for case in cases]
 
     def _explain(self, case: Case) -> Reflection | Declined:
-        failed, corrected = case.failed, case.corrected
-        error = _first_line(case.observation)
-        pairs = zip(failed.args, corrected.args, strict=False)
-        right = next((b for a, b in pairs if type(a) is not type(b)), None)
-        if failed.name == corrected.name and right is not None:
-            plan = (
-                right
-                if isinstance(right, str)
-                else [b for b in corrected.args if isinstance(b, int)]
-            )
-            return Reflection(case.error_type, error, f"use {plan}")
-        reflection = explain(case.error_type, failed, case.observation, corrected)
+        reflection = explain(case.error_type, case.failed, case.observation, case.corrected)
         if reflection is None:
             return Declined("repair not in the observation")
         known = any(_names(text, reflection.evidence) for text in (case.question, *case.seen))
+        error = _first_line(case.observation)
         return replace(reflection, evidence=error) if known else reflection

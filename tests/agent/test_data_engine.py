@@ -245,6 +245,14 @@ def test_explain(failed, observation, corrected, evidence):
     assert (reflection and reflection.evidence) == evidence
 
 
+@pytest.mark.parametrize(("failed", "corrected"), [(["a.txt"], "b.txt"), ("b.txt", ["a.txt"])])
+def test_an_argument_of_the_wrong_type_is_told_by_the_error(failed, corrected):
+    """Also where the second call is the one that is wrong, as in contrastive groups."""
+    wrong, right = ToolCall("read_file", (failed,)), ToolCall("read_file", (corrected,))
+    reflection = explain("ArgInvalid", wrong, "TypeError: must be str\nb.txt", right)
+    assert reflection.evidence == "TypeError: must be str"
+
+
 def test_records_are_plain_json(corpus):
     for record in corpus.rot:
         assert json.loads(json.dumps(record)) == record
