@@ -11,6 +11,7 @@ images. ``image_rows`` puts the model's own token in their place, last of all.
 
 import hashlib
 import io
+import itertools
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -152,6 +153,16 @@ def spread(ids: Iterable[int], images: Sequence[Image]) -> list[tuple[int, int]]
         else:
             tokens.append((index, value))
     return tokens
+
+
+def gathered(ids: Sequence[int], images: Mapping[int, Image]) -> list[int]:
+    """The inverse of ``spread``: one of the model's tokens an image, to be shown as text."""
+    runs = [(value, len(list(same))) for value, same in itertools.groupby(ids)]
+    return [
+        images[value].token_id if value < 0 else value
+        for value, count in runs
+        for _ in range(1 if value < 0 else count)
+    ]
 
 
 def rotary_positions(ids: Sequence[int], images: Mapping[int, Image]) -> np.ndarray:

@@ -64,7 +64,7 @@ def own_states(
     )
     starts, turns, off_track = [], 0, 0
     for task, episode in zip(tasks, episodes, strict=True):
-        reference = [next(observed).text for _ in task.steps]
+        reference = [next(observed).identity for _ in task.steps]
         found = states_of(episode, reference, sees=policy.chat.reader is not None)
         starts.append(rng.choice(found))
         turns += len(episode.turns)
@@ -96,7 +96,7 @@ def states_of(episode: Trajectory, reference: Sequence[str], *, sees: bool = Fal
                 )
             )
         if turn.observation.status is Status.OK:
-            finished[turn.step] = turn.observation.text
+            finished[turn.step] = turn.observation.identity
     return states
 
 

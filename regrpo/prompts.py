@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from regrpo.images import placeholder, without_placeholders
-from regrpo.tools import TOOLS, signature_text
+from regrpo.tools import TOOLS, VISION_TOOLS, signature_text
 from regrpo.tools.custom import CustomTool
 from regrpo.trajectory import Message
 
@@ -22,14 +22,22 @@ def system_prompt(tools: Iterable[str]) -> str:
 
 
 SYSTEM_PROMPT = system_prompt(signature_text(tool) for tool in TOOLS)
+VISION_PROMPT = system_prompt(signature_text(tool) for tool in VISION_TOOLS)
 
 
-def opening(question: str, tools: Sequence[CustomTool] = ()) -> list[Message]:
-    """The turns that open a task; ``tools`` are those beside the built-in ones."""
-    system = "\n".join([SYSTEM_PROMPT, *(tool.describe() for tool in tools)])
+def opening(question: str, tools: Sequence[CustomTool] = (), images: int = 0) -> list[Message]:
+    """The turns that open a task.
+
+    Args:
+        tools: those beside the built-in ones, which are others where images are shown.
+        images: how many are shown with the question.
+    """
+    built_in = VISION_PROMPT if images else SYSTEM_PROMPT
+    system = "\n".join([built_in, *(tool.describe() for tool in tools)])
+    shown = "".join(f"\n{placeholder(index)}" for index in range(images))
     return [
         {"role": "system", "content": system},
-        {"role": "user", "content": f"Task: {question}"},
+        {"role": "user", "content": f"Task: {question}{shown}"},
     ]
 
 

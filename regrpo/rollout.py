@@ -16,7 +16,7 @@ from regrpo.modeling import CausalLM
 from regrpo.prompts import REFLECTION_OPENER, observation_turn, opening
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat, TokenizedTrajectory
-from regrpo.tasks import Task
+from regrpo.tasks import Task, task_images
 from regrpo.tool_calls import ToolCallError, parse_turn
 from regrpo.tools import Observation, Status
 from regrpo.trajectory import End, Message, Start
@@ -112,7 +112,8 @@ class Trajectory:
 
 def task_start(task: Task) -> Start:
     """Where an episode of a task begins."""
-    return Start(task, tuple(opening(task.question)))
+    images = task_images(task)
+    return Start(task, tuple(opening(task.question, images=len(images))), images=images)
 
 
 def conversation(
@@ -252,9 +253,10 @@ def _advance(
         t.done, t.end = True, End.ANSWER if final else End.STEP
         t.answer = observation.text if final else None
         expected = task.answer if final else t.start.expected
+        seen = observation.identity
         # A premature final answer is no success of a step that should have called a tool.
         step_is_final = whole or task.steps[t.start.step].call.name == "final_answer"
-        t.success = same_answer(observation.text, expected) and final == step_is_final
+        t.success = same_answer(seen, expected) and final == step_is_final
         return
     t.step += 1
     if t.step >= max_steps:

@@ -25,7 +25,8 @@ class Start:
     Attributes:
         messages: the conversation so far; it ends with a user turn.
         step: index of the step to take.
-        expected: the observation of the reference call at ``step`` (local trajectories).
+        expected: what the reference call at ``step`` observes (local trajectories), as
+            ``Observation.identity``.
         failed: the conversation ends in a forced failure, so the next turn is the correction.
         error_type: of that failure.
         confidences: the policy's in the first calls of the steps before (`regrpo.trigger`); without

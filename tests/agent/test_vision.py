@@ -1,7 +1,11 @@
 """Vision-language models: packed, shared and sampled against one sequence at a time."""
 
 import copy
+import json
 import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -472,3 +476,27 @@ def test_an_observed_image_is_for_models_that_see(environment, tokenizer):
     text = tokenizer.decode(trajectory.tokens.input_ids)
     assert "crop" in text
     assert "<image_" not in text
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen3-vl"])
+def test_two_sharded_processes_have_the_losses_of_one(
+    folders, family, tmp_path, corpus_with_images
+):
+    """Some passes of a process show images and the other's at the time show none."""
+    with (tmp_path / "records.jsonl").open("a") as file:
+        for index in range(3):
+            turns = conversation("Task: no image", f"Thought: {WORDS[index]}")
+            record = {"id": f"text {index}", "image": {}, "answer": "", "conversations": turns}
+            file.write(json.dumps(record) + "\n")
+    one = vision_sft(
+        folders[family], tmp_path, batch_tokens=120, max_length=120, out=str(tmp_path / "one")
+    )
+    run_sft(one)
+    two = replace(one, out=str(tmp_path / "two"), parallel="fsdp")
+    (tmp_path / "two.json").write_text(json.dumps(asdict(two)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "regrpo", "sft", "--config", str(tmp_path / "two.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line, other in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(line, rel=1e-4)
