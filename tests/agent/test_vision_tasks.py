@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from vision_models import image_processor, vision_model, with_markup
 
+from regrpo.agent import ReGRPOAgent
+from regrpo.cli import main
 from regrpo.config import (
     DataConfig,
     LoraSettings,
@@ -188,3 +190,47 @@ def test_the_tokens_of_a_record_hold_its_images(model):
     tokens = tokenize_conversation(tokenizer, record["conversations"], reader=reader, images=images)
     assert set(tokens.images) == {image.key for image in images.values()}
     assert sum(value < 0 for value in tokens.input_ids) == sum(map(len, images.values()))
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A folder of a user's with a page and a broken one."""
+    folder = tmp_path / "desk"
+    folder.mkdir()
+    (folder / "page.png").write_bytes(task_images(TASKS[0])[0])
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def test_an_agent_is_shown_images(model, page):
+    agent = ReGRPOAgent(str(model / "base"), max_new_tokens=8, device="cpu")
+    trajectory = agent.run("What is on it?", page, images=["page.png", "page.png"])
+    text = trajectory.start.messages[1]["content"]
+    assert text == "Task: What is on it?\n<image_00>\n<image_01>"
+    (image,) = trajectory.tokens.images.values()
+    assert trajectory.tokens.input_ids.count(image.key) == 2 * len(image)
+    assert "crop(page: str" in trajectory.start.messages[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("none.png", "no image 'none.png' in its workspace"),
+        ("../page.png", r"no image '\.\./page\.png' in its workspace"),
+        ("broken.png", "<image_00>: .*; expected an image that Pillow reads"),
+    ],
+)
+def test_an_agent_names_an_image_that_it_cannot_show(model, page, name, told):
+    agent = ReGRPOAgent(str(model / "base"), max_new_tokens=4, device="cpu")
+    with pytest.raises(ValueError, match=told):
+        agent.run("What is on it?", page, images=[name])
+
+
+def test_the_command_line_shows_images(model, page, capsys):
+    command = ["run", "--model", str(model / "base"), "--workspace", str(page), "--device", "cpu"]
+    command += ["--task", "What?", "--max_new_tokens", "4"]
+    with pytest.raises(SystemExit, match="the agent came to no answer"):
+        main([*command, "--images", '["page.png"]'])
+    assert "<image_00>" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no image 'none.png' in its workspace"):
+        main([*command, "--images", '["none.png"]'])
