@@ -23,7 +23,7 @@ import torch
 from PIL import Image as PillowImage
 
 MAX_PIXELS = 50_000_000
-_PLACEHOLDER = re.compile(r"<image_\d+>")
+PLACEHOLDER = re.compile(r"<image_\d+>")
 
 
 def placeholder(index: int) -> str:
@@ -33,7 +33,7 @@ def placeholder(index: int) -> str:
 
 def without_placeholders(text: str) -> str:
     """``text`` with a zero-width space in what would name an image: what tools say is text only."""
-    return _PLACEHOLDER.sub(lambda found: f"<\u200b{found[0][1:]}", text)
+    return PLACEHOLDER.sub(lambda found: f"<\u200b{found[0][1:]}", text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ class ImageReader:
             shown.append(images[found[0]])
             return self._markup
 
-        return _PLACEHOLDER.sub(markup, text), shown
+        return PLACEHOLDER.sub(markup, text), shown
 
 
 def read_images(

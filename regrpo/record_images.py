@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from regrpo.images import Image, ImageReader
+from regrpo.images import PLACEHOLDER, Image, ImageReader
 from regrpo.records import Record
 
 
@@ -11,7 +11,8 @@ class ImageError(ValueError):
 
 
 def record_images(record: Record, folder: Path, reader: ImageReader | None) -> dict[str, Image]:
-    """Images of a record by their placeholders, those that one of its messages names.
+    """Images of a record by their placeholders, those that one of its messages names. Other keys
+    of ``image`` are no placeholders and show nothing.
 
     Args:
         folder: of the data file, to which paths are relative.
@@ -29,7 +30,7 @@ def record_images(record: Record, folder: Path, reader: ImageReader | None) -> d
     text = "\n".join(m["content"] for m in record["conversations"] if m["role"] != "assistant")
     images = {}
     for name, path in files.items():
-        if name not in text:
+        if not PLACEHOLDER.fullmatch(name) or name not in text:
             continue
         if reader is None:
             raise ValueError(

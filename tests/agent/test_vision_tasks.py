@@ -232,5 +232,5 @@ def test_the_command_line_shows_images(model, page, capsys):
     with pytest.raises(SystemExit, match="the agent came to no answer"):
         main([*command, "--images", '["page.png"]'])
     assert "<image_00>" not in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no image 'none.png' in its workspace"):
+    with pytest.raises(SystemExit, match=r"no image 'none\.png' in its workspace"):
         main([*command, "--images", '["none.png"]'])
