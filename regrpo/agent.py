@@ -6,11 +6,11 @@ from typing import Any
 
 from regrpo.config import RunConfig, TriggerConfig
 from regrpo.environment import LocalEnvironment, Workspace
-from regrpo.modeling import base_model, load_model, load_tokenizer
+from regrpo.modeling import base_model, load_image_reader, load_model, load_tokenizer
 from regrpo.prompts import opening
 from regrpo.rollout import Trajectory, TurnRecord, run
 from regrpo.sampling import LocalPolicy
-from regrpo.tasks import Task
+from regrpo.tasks import Task, task_images
 from regrpo.tools import TOOLS
 from regrpo.tools.custom import custom_tools
 from regrpo.tools.shipping import ship
@@ -96,6 +96,7 @@ class ReGRPOAgent:
             seed=seed,
             stop_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
             max_length=getattr(inner.config.get_text_config(), "max_position_embeddings", None),
+            reader=load_image_reader(self.config.model, tokenizer),
         )
 
     def run(
@@ -103,12 +104,15 @@ class ReGRPOAgent:
         question: str,
         workspace: str | Path | None = None,
         on_turn: Callable[[TurnRecord], object] | None = None,
+        images: Sequence[str] = (),
     ) -> Trajectory:
         """Works on a question, about the files of a folder.
 
         Args:
             workspace: the folder, which tools only read; None for an empty one.
             on_turn: called with every turn as soon as its observation is there.
+            images: paths in ``workspace``, shown with the question to a vision-language model. The
+                built-in tools are then `regrpo.tools.VISION_TOOLS`.
 
         Returns:
             The trajectory; its ``answer`` is None if the agent did not come to one, and ``end``
@@ -116,10 +120,12 @@ class ReGRPOAgent:
 
         Raises:
             NotADirectoryError: ``workspace`` is no folder.
+            ValueError: an image is missing or unreadable, or the model sees none.
         """
         files: Workspace = () if workspace is None else existing_folder(workspace)
-        task = Task("user", "user", question, "", files, ())
-        start = Start(task, tuple(opening(question, [*self.tools, *self.local_tools])))
+        task = Task("user", "user", question, "", files, (), tuple(images))
+        messages = opening(question, [*self.tools, *self.local_tools], len(images))
+        start = Start(task, tuple(messages), images=task_images(task))
         config = self.config
         with LocalEnvironment(
             timeout_s=config.timeout_s,

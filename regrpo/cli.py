@@ -135,10 +135,13 @@ def _run(config: settings.RunConfig) -> None:
 
     options = dict(vars(config))
     task, workspace = options.pop("task"), existing_folder(options.pop("workspace"))
+    images = options.pop("images")
     agent = ReGRPOAgent(**options)
     console = Console()
     console.print(Text(f"Task: {task}", style="bold"))
-    trajectory = agent.run(task, workspace, on_turn=lambda turn: print_turn(turn, console))
+    trajectory = agent.run(
+        task, workspace, on_turn=lambda turn: print_turn(turn, console), images=images
+    )
     console.print(Text(f"Answer: {trajectory.answer}", style="bold"))
     if trajectory.answer is None:
         assert trajectory.end is not None

@@ -90,6 +90,7 @@ def draw_groups(
             starts,
             temperature=config.temperature,
             batch_tokens=config.batch_tokens,
+            reader=policy.chat.reader,
         )
     size, whole = config.group_size, config.mode == "episodes"
     trajectories = run(

@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from regrpo.images import ImageReader, read_images
 from regrpo.losses import packed_log_probs
 from regrpo.modeling import CausalLM, base_model, head, hidden_states
 from regrpo.packing import TRAINED, best_fit_decreasing, collate
@@ -38,6 +39,7 @@ def with_confidences(
     *,
     temperature: float,
     batch_tokens: int,
+    reader: ImageReader | None = None,
 ) -> list[Start]:
     """The starts with their ``confidences``, at the temperature of sampling.
 
@@ -52,6 +54,8 @@ def with_confidences(
             tokenizer,
             starts[i].messages,
             trained_turns=first_calls(starts[i].messages, starts[i].step),
+            reader=reader,
+            images=read_images(reader, starts[i].images),
         )
         for i in asked
     ]

@@ -9,13 +9,15 @@ as in split-K decoding (Dao et al. 2023, "Flash-Decoding"). Nothing of the model
 an attention implementation of transformers' interface.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from regrpo.images import Image, image_rows, rotary_positions
 from regrpo.modeling import (
     CausalLM,
     attention,
@@ -26,6 +28,7 @@ from regrpo.modeling import (
 )
 from regrpo.partial_attention import bias_of, causal_attention, partial_attention, spans
 from regrpo.ragged import FAR, Ragged, join, resumed
+from regrpo.vision import image_inputs
 
 DECODE = "regrpo_decode"
 ROOM = 32  # new tokens that fit before branches are copied into larger buffers
@@ -34,6 +37,11 @@ ROOM = 32  # new tokens that fit before branches are copied into larger buffers
 def decodes(model: PreTrainedModel) -> bool:
     """Whether ``Continuations`` can run a model: all attention through the interface."""
     return why_not_packed(model) is None
+
+
+def _padded(rows: Iterable[Sequence[int]], width: int) -> np.ndarray:
+    """Token ids [R, width], padded behind them with 0."""
+    return np.array([[*row, *[0] * (width - len(row))] for row in rows], dtype=np.int64)
 
 
 @dataclass
@@ -74,21 +82,29 @@ class Continuations:
 
     Args:
         prompts: one a row; equal ones share their keys and values.
+        images: by the keys that stand for their tokens (`regrpo.images`).
 
     Attributes:
         logits: [R, V] of the last token of every row in the turn.
         lengths: int64 [R], tokens of these rows so far.
     """
 
-    def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]]):
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Sequence[int]],
+        images: Mapping[int, Image] | None = None,
+    ):
         self._model = model
+        self._images = {} if images is None else images
         self._device = base_model(model).device
         index: dict[tuple[int, ...], int] = {}
         group = [index.setdefault(tuple(p), len(index)) for p in prompts]
         self._sizes = torch.tensor([len(p) for p in index], device=self._device)
         longest = max(map(len, index))
-        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in index], device=self._device)
+        ids = _padded(index, longest)
         positions = torch.arange(longest, device=self._device).expand(len(index), -1)
+        rotary, ahead = self._rotary([(p, 0) for p in index], longest)
         held = positions < self._sizes[:, None]
         self._prompts = _Prompts(list(range(len(index))), Ragged(positions.masked_fill(~held, FAR)))
         self._resting: list[_Prompts] = []  # prompts of waiting rows only
@@ -96,10 +112,11 @@ class Continuations:
         self._used = 0  # columns of the branches that are not room
         empty = self._sizes.new_empty(len(prompts), 0)
         self._rows = _Rows(list(range(len(prompts))), group, Ragged(empty))
-        hidden = self._forward(ids, positions)
+        hidden = self._forward(ids, positions, rotary)
         last = hidden[torch.arange(len(index), device=self._device), self._sizes - 1]
         self._arrange()
         self.lengths = self._sizes[self._group]
+        self._ahead = ahead[self._group]
         self.logits = self._head(last)[self._group]
 
     @property
@@ -113,14 +130,43 @@ class Continuations:
         cap = logit_softcap(self._model)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, ids: np.ndarray | torch.Tensor, positions: torch.Tensor, rotary: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states of tokens [R, n]: where they stand, [R, n], says what they see, and
+        ``rotary``, [R, n] or [3, R, n], how they are turned."""
         self._queries = positions
         self._biases: dict[tuple[object, ...], torch.Tensor] = {}
+        seen = None
+        if isinstance(ids, np.ndarray):
+            shown, seen = image_rows(ids, self._images)
+            ids = torch.from_numpy(shown).to(self._device)
+        inner = base_model(self._model)
+        inputs = image_inputs(inner, None if seen is None else seen.to(self._device))
         with attention(self._model, DECODE):
-            output = base_model(self._model).base_model(
-                input_ids=ids, position_ids=positions, use_cache=False, continuations=self
+            output = inner.base_model(
+                input_ids=ids, position_ids=rotary, use_cache=False, continuations=self, **inputs
             )
         return output.last_hidden_state
+
+    def _rotary(
+        self, tokens: Sequence[tuple[Sequence[int], int]], width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary positions [R, width], or [3, R, width] with images, of tokens of rows from an
+        index on, and how far each row's next token [R] is turned ahead of where it stands.
+
+        An image takes fewer positions than tokens, so this is at most 0.
+        """
+        starts = torch.tensor([start for _, start in tokens], device=self._device)
+        plain = starts[:, None] + torch.arange(width, device=self._device)
+        if not self._images or not any(min(row) < 0 for row, _ in tokens):
+            return plain, torch.zeros_like(starts)
+        turned, ahead = plain.expand(3, -1, -1).clone(), []
+        for index, (row, start) in enumerate(tokens):
+            whole = rotary_positions(row, self._images)
+            turned[:, index, : len(row) - start] = torch.from_numpy(whole[:, start:])
+            ahead.append(int(whole.max()) + 1 - len(row))
+        return turned, torch.tensor(ahead, device=self._device)
 
     def _arrange(self) -> None:
         """Where each row's query stands beside its siblings': a slot of [prompts, siblings]."""
@@ -139,12 +185,17 @@ class Continuations:
     def append(self, tokens: torch.Tensor) -> None:
         """Feeds one token [R] to every row; ``logits`` are then those behind it."""
         positions = self.lengths[:, None]
-        hidden = self._extend(tokens[:, None], positions, positions)
+        rotary = positions + self._ahead[:, None]
+        hidden = self._extend(tokens[:, None], positions, positions, rotary)
         self.logits = self._head(hidden[:, 0])
         self.lengths = self.lengths + 1
 
     def _extend(
-        self, ids: torch.Tensor, positions: torch.Tensor, held: torch.Tensor
+        self,
+        ids: np.ndarray | torch.Tensor,
+        positions: torch.Tensor,
+        held: torch.Tensor,
+        rotary: torch.Tensor,
     ) -> torch.Tensor:
         """Hidden states [R, n, H] of new tokens; ``held`` are positions, ``FAR`` of padding."""
         branch, needed = self._rows.branch, self._used + ids.shape[1]
@@ -158,7 +209,7 @@ class Continuations:
             }
         branch.positions[:, self._used : needed] = held
         self._used = needed
-        return self._forward(ids, positions)
+        return self._forward(ids, positions, rotary)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Goes on with these rows [R'] only; the others wait for their next turn."""
@@ -170,6 +221,7 @@ class Continuations:
         self._waiting.append(waiting)
         self._rows = self._rows.select(going)
         self.lengths, self.logits = self.lengths[rows], self.logits[rows]
+        self._ahead = self._ahead[rows]
         needed = dict.fromkeys(self._rows.prompts)
         unneeded = [n for n in self._prompts.numbers if n not in needed]
         if unneeded:
@@ -211,19 +263,22 @@ class Continuations:
         self._arrange()
         held = (self._rows.branch.positions != FAR).sum(1)
         self.lengths = self._sizes[torch.tensor(self._rows.prompts, device=self._device)] + held
-        self._feed([list(p[n:]) for p, n in zip(prompts, self.lengths.tolist(), strict=True)])
+        self._feed(prompts)
 
-    def _feed(self, tokens: Sequence[list[int]]) -> None:
-        """Feeds some tokens to every row, padded behind them."""
+    def _feed(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Feeds what every row lacks of its prompt, padded behind it."""
+        known = self.lengths.tolist()
+        tokens = [p[n:] for p, n in zip(prompts, known, strict=True)]
         longest = max(map(len, tokens))
-        ids = torch.tensor([[*t, *[0] * (longest - len(t))] for t in tokens], device=self._device)
+        ids = _padded(tokens, longest)
+        rotary, self._ahead = self._rotary(list(zip(prompts, known, strict=True)), longest)
         counts = torch.tensor([len(t) for t in tokens], device=self._device)
         steps = torch.arange(longest, device=self._device)
         positions = self.lengths[:, None] + steps
         held = positions.masked_fill(steps >= counts[:, None], FAR)
         # Padding looks from where the last token does: it sees something, so it stays finite.
         last = (self.lengths + counts - 1)[:, None]
-        hidden = self._extend(ids, positions.minimum(last), held)
+        hidden = self._extend(ids, positions.minimum(last), held, rotary)
         rows = torch.arange(len(tokens), device=self._device)
         self.logits = self._head(hidden[rows, counts - 1])
         self.lengths = self.lengths + counts

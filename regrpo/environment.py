@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -12,7 +13,7 @@ from typing import Protocol
 from regrpo.sandbox import Sandbox
 from regrpo.sandbox_worker import shown
 from regrpo.tool_calls import ToolCall, ToolCallError, parse_turn
-from regrpo.tools import TOOLS, no_such_tool
+from regrpo.tools import TOOLS, VISION_TOOLS, no_such_tool
 from regrpo.tools.cache import LRU
 from regrpo.tools.custom import CustomTool
 from regrpo.tools.observation import Observation, failure
@@ -59,7 +60,9 @@ class LocalEnvironment:
         )
         self._local = {tool.name: tool for tool in local_tools}
         self._custom = (*tools, *local_tools)
-        self._known = {tool.__name__ for tool in TOOLS} | {tool.name for tool in self._custom}
+        self._known = {tool.__name__ for tool in (*TOOLS, *VISION_TOOLS)} | {
+            tool.name for tool in self._custom
+        }
         self._max_output_chars = max_output_chars
         # Keyed by content: two tasks with the same files share a folder.
         self._workspaces: LRU[tuple[WorkspaceFile, ...], Path] = LRU(
@@ -102,7 +105,7 @@ class LocalEnvironment:
             elif call.name in self._local:
                 given = self._local[call.name].run(path, call)
                 text = shown(given.text, self._max_output_chars)
-                observations[index] = Observation(text, given.status)
+                observations[index] = replace(given, text=text)
             else:
                 calls.append((path, call))
         executed = iter(self._sandbox.run(calls))

@@ -12,7 +12,7 @@ from typing import Any
 from regrpo.config import EvalConfig, TriggerConfig
 from regrpo.data_engine.build import Demonstration, demonstrate, local_starts
 from regrpo.environment import Environment
-from regrpo.modeling import load_model, load_tokenizer
+from regrpo.modeling import load_image_reader, load_model, load_tokenizer
 from regrpo.records import write_atomically, write_records
 from regrpo.report import transcript
 from regrpo.rollout import Policy, Trajectory, TurnRecord, run, same_answer, task_start
@@ -266,6 +266,7 @@ def load_policy(config: EvalConfig) -> Policy:
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         cache_gib=config.rollout.cache_gib,
+        reader=load_image_reader(config.model, tokenizer),
     )
 
 

@@ -16,15 +16,19 @@ from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from regrpo.images import ImageReader
 from regrpo.packing import PackedBatch
 from regrpo.prefix_tree import single_nodes
 from regrpo.tree_attention import AttentionPlan, tree_attention
+from regrpo.vision import image_inputs, load_reader, sees_images, tower, why_no_images
 
 PACKED = "regrpo_packed"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -152,10 +156,31 @@ def _tokenizer_of(name_or_path: str) -> str:
     if not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES):
         return name_or_path
     _require_model(folder)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    base = _base_of(name_or_path)
+    if base is not None:
+        return base
     raise FileNotFoundError(f"no tokenizer in {folder}; expected tokenizer.json")
+
+
+def _base_of(name_or_path: str) -> str | None:
+    """The model that an adapter in a folder is for; None if there is no adapter."""
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if not adapter.exists():
+        return None
+    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def load_image_reader(name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> ImageReader | None:
+    """What makes images of files for a model; None for one that sees none.
+
+    Raises:
+        ValueError: it sees images, but its image processor or its markup is missing.
+    """
+    base = _base_of(name_or_path)
+    with _loading(f"the configuration of {base or name_or_path}"):
+        config = AutoConfig.from_pretrained(base or name_or_path)
+    folders = [name_or_path] if base is None else [name_or_path, base]
+    return load_reader(config, folders, tokenizer)
 
 
 def default_device() -> torch.device:
@@ -190,7 +215,9 @@ def load_model(
     lora_alpha: int = 32,
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
 ) -> CausalLM:
-    """Loads any Hugging Face causal LM, or an adapter on one.
+    """Loads any Hugging Face causal LM, a Qwen-VL model, or an adapter on one.
+
+    A vision tower is frozen.
 
     Args:
         name_or_path: hub name or folder; a folder with ``adapter_config.json`` is loaded with its
@@ -214,12 +241,8 @@ def load_model(
         _require_model(Path(name_or_path))
     _require_device(device)
     if (Path(name_or_path) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
         with _loading(name_or_path):
-            adapted = AutoPeftModelForCausalLM.from_pretrained(
-                name_or_path, dtype=dtype, is_trainable=trainable
-            )
+            adapted = _load_adapted(name_or_path, dtype, trainable)
         _require_supported(base_model(adapted), trainable)
         adapter = adapted.active_peft_config
         adapter.base_model_name_or_path = _absolute(adapter.base_model_name_or_path)
@@ -232,8 +255,9 @@ def load_model(
         place(adapted, device)
         return adapted
     with _loading(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(_absolute(name_or_path), dtype=dtype)
+        model = _auto_model(name_or_path).from_pretrained(_absolute(name_or_path), dtype=dtype)
     _require_supported(model, trainable)
+    freeze_tower(model)
     place(model, device)
     if lora_rank == 0:
         return model
@@ -241,9 +265,36 @@ def load_model(
         r=lora_rank,
         lora_alpha=lora_alpha,
         target_modules=list(lora_targets),
+        exclude_modules=None if tower(model) is None else r".*\bvisual\b.*",
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def _auto_model(name_or_path: str) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
+    seeing = sees_images(AutoConfig.from_pretrained(name_or_path))
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
+def _load_adapted(name_or_path: str, dtype: torch.dtype | str, trainable: bool) -> PeftModel:
+    """An adapter on its base; peft's own loader knows the classes of language models only."""
+    base = _base_of(name_or_path)
+    assert base is not None
+    if _auto_model(base) is AutoModelForCausalLM:
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, is_trainable=trainable
+        )
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    return PeftModel.from_pretrained(model, name_or_path, is_trainable=trainable)
+
+
+def freeze_tower(model: PreTrainedModel) -> None:
+    """A vision tower is not trained, whatever is."""
+    seeing = tower(model)
+    if seeing is not None:
+        seeing.requires_grad_(False)
 
 
 def _require_supported(model: PreTrainedModel, trainable: bool) -> None:
@@ -252,6 +303,9 @@ def _require_supported(model: PreTrainedModel, trainable: bool) -> None:
         raise NotImplementedError(
             f"{model.name_or_path}: {name} keeps a recurrent state; expected attention"
         )
+    reason = why_no_images(model)
+    if reason is not None:
+        raise NotImplementedError(f"{model.name_or_path}: {reason}")
     reason = why_not_packed(model)
     if trainable and reason is not None:
         raise NotImplementedError(f"{model.name_or_path}: {reason}")
@@ -260,7 +314,7 @@ def _require_supported(model: PreTrainedModel, trainable: bool) -> None:
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """Why a model cannot be run on packed sequences with attention and head of our own; None if it
     can."""
-    config = model.config
+    config = model.config.get_text_config()
     for field in ("logits_scaling", "logit_scale"):
         if getattr(config, field, None) not in (None, 1):
             return f"config.{field}={getattr(config, field)}; expected none"
@@ -283,11 +337,19 @@ def base_model(model: CausalLM) -> PreTrainedModel:
     return inner
 
 
+def language_side(model: CausalLM) -> PreTrainedModel:
+    """The decoder: a whole language model, or what is behind the vision tower."""
+    inner = base_model(model)
+    decoder = inner if tower(inner) is None else inner.base_model.language_model
+    assert isinstance(decoder, PreTrainedModel)
+    return decoder
+
+
 @contextlib.contextmanager
 def attention(model: CausalLM, implementation: str) -> Iterator[None]:
     """Runs a block with another attention implementation; inside of one with the same it is free,
     where setting it visits every module."""
-    inner = base_model(model)
+    inner = language_side(model)
     before = inner.config._attn_implementation
     if before == implementation:
         yield
@@ -309,16 +371,18 @@ def hidden_states(model: CausalLM, batch: PackedBatch) -> torch.Tensor:
     with attention(model, PACKED):
         output = base_model(model).base_model(
             input_ids=rows.input_ids[None],
-            position_ids=rows.position_ids[None],
+            position_ids=rows.position_ids.unsqueeze(-2),
             use_cache=False,
             plan=AttentionPlan(nodes, rows.input_ids.device),
+            **image_inputs(base_model(model), batch.images),
         )
     return output.last_hidden_state[0]
 
 
 def logit_softcap(model: CausalLM) -> float | None:
     """The cap of the model's logits (Gemma 2), for ``Objective.softcap``; None without one."""
-    return getattr(base_model(model).config, "final_logit_softcapping", None)
+    config = base_model(model).config.get_text_config()
+    return getattr(config, "final_logit_softcapping", None)
 
 
 def head(model: CausalLM) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from regrpo.config import TriggerConfig
 from regrpo.environment import Environment
-from regrpo.prompts import observation_turn, thought
-from regrpo.rollout import Policy, Trajectory, run, same_answer, task_start
+from regrpo.prompts import thought
+from regrpo.rollout import Policy, Trajectory, conversation, run, same_answer, task_start
 from regrpo.tool_calls import Turn
 from regrpo.tools import Status
 from regrpo.trajectory import Start
@@ -64,40 +64,39 @@ def own_states(
     )
     starts, turns, off_track = [], 0, 0
     for task, episode in zip(tasks, episodes, strict=True):
-        reference = [next(observed).text for _ in task.steps]
-        found = states_of(episode, reference)
+        reference = [next(observed).identity for _ in task.steps]
+        found = states_of(episode, reference, sees=policy.chat.reader is not None)
         starts.append(rng.choice(found))
         turns += len(episode.turns)
         off_track += len(episode.turns) - len(found)
     return OwnStates(starts, turns, off_track)
 
 
-def states_of(episode: Trajectory, reference: Sequence[str]) -> list[Start]:
+def states_of(episode: Trajectory, reference: Sequence[str], *, sees: bool = False) -> list[Start]:
     """The states before those turns of an episode that are on the track.
 
     Args:
         reference: what the reference call of each step of the task observes.
+        sees: the policy was shown the images that calls observed.
     """
-    messages = list(episode.start.messages)
     finished: dict[int, str] = {}  # step -> what its last call that worked observed
     states = []
-    for turn in episode.turns:
+    for index, turn in enumerate(episode.turns):
         left = _left(reference, [text for step, text in finished.items() if step < turn.step])
         if left:
+            messages, images = conversation(episode.start, episode.turns[:index], sees=sees)
             states.append(
                 Start(
                     episode.start.task,
-                    tuple(messages),
+                    messages,
                     step=turn.step,
                     expected=left[0],
                     failed=turn.correction,
+                    images=images,
                 )
             )
-        messages.append({"role": "assistant", "content": turn.text})
-        content = observation_turn(turn.step, turn.observation.text)
-        messages.append({"role": "user", "content": content})
         if turn.observation.status is Status.OK:
-            finished[turn.step] = turn.observation.text
+            finished[turn.step] = turn.observation.identity
     return states
 
 

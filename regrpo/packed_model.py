@@ -26,6 +26,7 @@ from regrpo.modeling import (
     base_model,
     head,
     hidden_states,
+    language_side,
     load_model,
 )
 from regrpo.packing import PackedBatch, blank
@@ -103,7 +104,9 @@ class PackedModel(torch.nn.Module):
 
 
 def _layers_to_recompute(model: CausalLM) -> list[GradientCheckpointingLayer]:
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [
+        m for m in language_side(model).modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
     name = type(base_model(model)).__name__
     if not layers:
         raise NotImplementedError(
@@ -169,7 +172,7 @@ def load_packed(config: SFTConfig | TrainConfig, ranks: Ranks = ALONE) -> Packed
         total = sum(p.detach().double().sum().item() for p in model.parameters())
         ranks.require_same(total, "the sum of the weights")
         if config.parallel == "fsdp":
-            shard(packed, base_model(model), packed.dtype)
+            shard(packed, language_side(model), packed.dtype)
             with torch.no_grad():  # FSDP takes the module that is called first for the root
                 packed(blank().to(base_model(model).device))
             release(packed)

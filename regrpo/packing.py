@@ -7,13 +7,14 @@ sequence predicts nothing, so sequences in a pack never predict each other.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from regrpo.images import Image, ImageRows, image_rows, rotary_positions
 from regrpo.prefix_tree import PrefixTree, prefix_order, prefix_tree
 from regrpo.segments import TokenizedTrajectory
 from regrpo_kernels import Segment, packing
@@ -27,13 +28,15 @@ class PackedBatch:
     """``T`` packed tokens of ``B`` sequences.
 
     Attributes:
-        input_ids, position_ids, labels: int64 [T]; labels hold -100 where nothing is predicted.
+        input_ids, labels: int64 [T]; labels hold -100 where nothing is predicted.
+        position_ids: int64 [T], or [3, T] of a batch with images (time, height, width).
         segment_ids: int64 [T], the ``Segment`` of the *predicted* token.
         loss_mask: bool [T], the predicted token is ACTION or REFLECTION.
         cu_seqlens: int32 [B + 1], where sequences start.
         max_seqlen: tokens of the longest.
         advantages, old_log_probs, ref_log_probs: float32 [T], or None where not used (SFT).
         tree: which of the tokens are computed together; None where each is computed by itself.
+        images: at the image tokens among the rows that are computed; None without any.
     """
 
     input_ids: torch.Tensor
@@ -47,13 +50,14 @@ class PackedBatch:
     old_log_probs: torch.Tensor | None = None
     ref_log_probs: torch.Tensor | None = None
     tree: PrefixTree | None = None
+    images: ImageRows | None = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with all of its tensors on a device."""
         moved: dict[str, Any] = {
             name: value.to(device)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor | PrefixTree)
+            if isinstance(value, torch.Tensor | PrefixTree | ImageRows)
         }
         return replace(self, **moved)
 
@@ -133,7 +137,17 @@ def collate(
     """
     lengths = torch.tensor([0, *(len(t) for t in trajectories)])
     cu_seqlens = lengths.cumsum(0)
+    tree = prefix_tree([t.input_ids for t in trajectories]) if share else None
     ids = torch.tensor([i for t in trajectories for i in t.input_ids], dtype=torch.int64)
+    positions = torch.arange(len(ids)) - cu_seqlens[:-1].repeat_interleave(lengths[1:])
+    seen = None
+    images: dict[int, Image] = {}
+    for t in trajectories:
+        images |= t.images
+    if images:
+        each = [rotary_positions(t.input_ids, t.images) for t in trajectories]
+        positions = torch.from_numpy(np.concatenate(each, axis=1))
+        ids, seen, tree = _with_images(ids, positions, images, tree)
     kinds = torch.tensor([k for t in trajectories for k in t.segment_ids], dtype=torch.int64)
     last = cu_seqlens[1:][lengths[1:] > 0] - 1
 
@@ -149,15 +163,35 @@ def collate(
     segment_ids = shift(kinds, int(Segment.CONTEXT))
     return PackedBatch(
         input_ids=ids,
-        position_ids=torch.arange(len(ids)) - cu_seqlens[:-1].repeat_interleave(lengths[1:]),
+        position_ids=positions,
         labels=shift(ids, IGNORE_INDEX),
         segment_ids=segment_ids,
         loss_mask=torch.isin(segment_ids, torch.tensor(TRAINED)),
         cu_seqlens=cu_seqlens.to(torch.int32),
         max_seqlen=int(lengths.max()),
         old_log_probs=old,
-        tree=prefix_tree([t.input_ids for t in trajectories]) if share else None,
+        tree=tree,
+        images=seen,
     )
+
+
+def _with_images(
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    images: Mapping[int, Image],
+    tree: PrefixTree | None,
+) -> tuple[torch.Tensor, ImageRows | None, PrefixTree | None]:
+    """Keys of images become the model's tokens, of the batch and of its tree."""
+    shown, seen = image_rows(ids.numpy(), images)
+    if tree is None:
+        return torch.from_numpy(shown), seen, None
+    computed, seen = image_rows(tree.input_ids.numpy(), images)
+    tree = replace(
+        tree,
+        input_ids=torch.from_numpy(computed),
+        position_ids=positions[:, tree.tokens],
+    )
+    return torch.from_numpy(shown), seen, tree
 
 
 def blank() -> PackedBatch:

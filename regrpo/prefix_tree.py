@@ -48,12 +48,14 @@ class PrefixTree:
         input_ids, position_ids: int64 [S]; positions continue along a branch.
         source: int64 [T], the row that computes each token, sequence after sequence.
         nodes: the branches, in the order of their rows.
+        tokens: int64 [S], one of the T tokens that each row computes.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     source: torch.Tensor
     nodes: tuple[Node, ...]
+    tokens: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,6 +67,7 @@ class PrefixTree:
             self.position_ids.to(device),
             self.source.to(device),
             self.nodes,
+            self.tokens.to(device),
         )
 
 
@@ -95,12 +98,16 @@ def prefix_tree(sequences: Iterable[Sequence[int]]) -> PrefixTree:
     """
     ids = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
     nodes, rows, sources = _lay_out(_branches(ids), ids)
+    starts = np.cumsum([0, *map(len, ids)])
     empty = [np.empty(0, dtype=np.int64)]
     return PrefixTree(
         torch.from_numpy(np.concatenate([ids[i][a:b] for i, a, b in rows] or empty)),
         torch.from_numpy(np.concatenate([np.arange(a, b) for _, a, b in rows] or empty)),
         torch.from_numpy(np.concatenate(sources or empty)),
         nodes,
+        torch.from_numpy(
+            np.concatenate([starts[i] + np.arange(a, b) for i, a, b in rows] or empty)
+        ),
     )
 
 

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from regrpo.tools import TOOLS, signature_text
+from regrpo.images import placeholder, without_placeholders
+from regrpo.tools import TOOLS, VISION_TOOLS, signature_text
 from regrpo.tools.custom import CustomTool
 from regrpo.trajectory import Message
 
@@ -21,20 +22,34 @@ def system_prompt(tools: Iterable[str]) -> str:
 
 
 SYSTEM_PROMPT = system_prompt(signature_text(tool) for tool in TOOLS)
+VISION_PROMPT = system_prompt(signature_text(tool) for tool in VISION_TOOLS)
 
 
-def opening(question: str, tools: Sequence[CustomTool] = ()) -> list[Message]:
-    """The turns that open a task; ``tools`` are those beside the built-in ones."""
-    system = "\n".join([SYSTEM_PROMPT, *(tool.describe() for tool in tools)])
+def opening(question: str, tools: Sequence[CustomTool] = (), images: int = 0) -> list[Message]:
+    """The turns that open a task.
+
+    Args:
+        tools: those beside the built-in ones, which are others where images are shown.
+        images: how many are shown with the question.
+    """
+    built_in = VISION_PROMPT if images else SYSTEM_PROMPT
+    system = "\n".join([built_in, *(tool.describe() for tool in tools)])
+    shown = "".join(f"\n{placeholder(index)}" for index in range(images))
     return [
         {"role": "system", "content": system},
-        {"role": "user", "content": f"Task: {question}"},
+        {"role": "user", "content": f"Task: {question}{shown}"},
     ]
 
 
-def observation_turn(step: int, observation: str) -> str:
-    """The user turn that carries an observation; a failed and a corrected call share their step."""
-    return f"[OUTPUT OF STEP {step}] -> Observation:\n{observation}"
+def observation_turn(step: int, observation: str, image: int | None = None) -> str:
+    """The user turn that carries an observation; a failed and a corrected call share their step.
+
+    Args:
+        image: number of the image that was observed with it, if any.
+    """
+    shown = without_placeholders(observation)
+    behind = "" if image is None else f"\n{placeholder(image)}"
+    return f"[OUTPUT OF STEP {step}] -> Observation:\n{shown}{behind}"
 
 
 def step_of(content: str) -> int:

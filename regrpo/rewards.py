@@ -124,6 +124,8 @@ def _answered(t: Trajectory) -> float:
         return 0.0 if t.answer is None else answer_score(t.answer, t.start.task.answer)
     if (t.answer is not None) != _expects_answer(t.start):
         return 0.0  # a premature answer, or a call where one was due
+    if last.image is not None:
+        return float(last.identity == t.start.expected)
     return answer_score(last.text, t.start.expected)
 
 

@@ -31,8 +31,9 @@ from regrpo.config.checks import require
 from regrpo.distributed import ALONE, Ranks
 from regrpo.environment import Environment
 from regrpo.errors import RunError
+from regrpo.images import ImageReader
 from regrpo.learner import Learner
-from regrpo.modeling import CausalLM, load_tokenizer
+from regrpo.modeling import CausalLM, load_image_reader, load_tokenizer
 from regrpo.options.demonstrations import demonstration_tokens, hard_states
 from regrpo.packed_model import load_packed
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate, pack_groups
@@ -50,7 +51,10 @@ WATCHED = ("reward/mean", "success", "recovery", "reflection/rate")
 
 
 def learning_policy(
-    config: TrainConfig, model: CausalLM, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    reader: ImageReader | None = None,
 ) -> LearningPolicy:
     """Where the configuration samples: in this process, or on a server."""
     rollout, limit = config.rollout, config.max_new_tokens
@@ -69,6 +73,7 @@ def learning_policy(
         temperature=config.temperature,
         max_new_tokens=limit,
         cache_gib=rollout.cache_gib,
+        reader=reader,
     )
 
 
@@ -91,15 +96,16 @@ def run_rl(
     """
     require_fitting(config, ranks)
     tokenizer = load_tokenizer(config.model)
+    reader = load_image_reader(config.model, tokenizer)
     torch.manual_seed(config.seed)  # a new adapter is drawn
     packed = load_packed(config, ranks)
     model = packed.model
     # Copies the reference before a checkpoint is loaded.
     learner = Learner(model, config, packed=packed, ranks=ranks)
-    policy = learning_policy(config, model, tokenizer)
+    policy = learning_policy(config, model, tokenizer, reader)
     model.eval()  # with dropout the learner would not be the policy that sampled
     with Run(
-        config.out, config, model, tokenizer, config.optim, config.steps, ranks=ranks
+        config.out, config, model, tokenizer, config.optim, config.steps, ranks=ranks, reader=reader
     ) as training:
         bar = (
             progress.add_task("train", total=config.steps, completed=training.step)
@@ -249,7 +255,9 @@ def pack_demonstrations(
     if config.options.demonstration_weight == 0:
         return []
     shown = [
-        demonstration_tokens(training.tokenizer, start, reflect=config.reflect)
+        demonstration_tokens(
+            training.tokenizer, start, reflect=config.reflect, reader=training.reader
+        )
         for start in hard_states(trajectories, groups)
     ]
     packs = best_fit_decreasing([len(tokens) for tokens in shown], config.batch_tokens)

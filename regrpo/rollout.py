@@ -11,14 +11,15 @@ from typing import Protocol
 
 from regrpo.config import TriggerConfig
 from regrpo.environment import Environment
+from regrpo.images import read_images
 from regrpo.modeling import CausalLM
 from regrpo.prompts import REFLECTION_OPENER, observation_turn, opening
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat, TokenizedTrajectory
-from regrpo.tasks import Task
+from regrpo.tasks import Task, task_images
 from regrpo.tool_calls import ToolCallError, parse_turn
 from regrpo.tools import Observation, Status
-from regrpo.trajectory import End, Start
+from regrpo.trajectory import End, Message, Start
 from regrpo.trigger import Clause, confidence, fired
 from regrpo_kernels import Segment
 
@@ -111,7 +112,23 @@ class Trajectory:
 
 def task_start(task: Task) -> Start:
     """Where an episode of a task begins."""
-    return Start(task, tuple(opening(task.question)))
+    images = task_images(task)
+    return Start(task, tuple(opening(task.question, images=len(images))), images=images)
+
+
+def conversation(
+    start: Start, turns: Sequence[TurnRecord], *, sees: bool
+) -> tuple[tuple[Message, ...], tuple[bytes, ...]]:
+    """Messages and images behind some turns of a trajectory; ``sees``: images are shown."""
+    messages, images = list(start.messages), list(start.images)
+    for turn in turns:
+        image = turn.observation.image if sees else None
+        number = None if image is None else len(images)
+        content = observation_turn(turn.step, turn.observation.text, number)
+        messages.append({"role": "assistant", "content": turn.text})
+        messages.append({"role": "user", "content": content})
+        images += [] if image is None else [image]
+    return tuple(messages), tuple(images)
 
 
 def same_answer(given: str, expected: str) -> bool:
@@ -154,7 +171,9 @@ def run(
         trajectory = Trajectory(
             start, confidences=list(start.confidences), step=start.step, failed=start.failed
         )
-        trajectory.tokens.extend(policy.chat.prompt(start.messages), Segment.CONTEXT)
+        images = read_images(policy.chat.reader, start.images)
+        prompt = policy.chat.prompt(start.messages, images)
+        trajectory.tokens.extend(prompt, Segment.CONTEXT, images=[*images.values()])
         trajectories.append(trajectory)
     session = policy.session()
     while True:
@@ -201,8 +220,18 @@ def run(
             if not t.done:
                 if t.tokens.input_ids[-1] != policy.chat.end_id:  # the turn ran into its limit
                     t.tokens.extend([policy.chat.end_id], Segment.CONTEXT)
-                content = observation_turn(t.turns[-1].step, observation.text)
-                t.tokens.extend(policy.chat.observation(content), Segment.OBSERVATION)
+                _observe(t, policy.chat)
+
+
+def _observe(t: Trajectory, chat: ChatFormat) -> None:
+    """Appends the last turn's observation, with its image if the model sees images."""
+    turn = t.turns[-1]
+    new = [] if turn.observation.image is None or chat.reader is None else [turn.observation.image]
+    number = len(t.start.images) + sum(r.observation.image is not None for r in t.turns[:-1])
+    images = read_images(chat.reader, new, number)
+    content = observation_turn(turn.step, turn.observation.text, number if new else None)
+    tokens = chat.observation(content, images)
+    t.tokens.extend(tokens, Segment.OBSERVATION, images=[*images.values()])
 
 
 def _advance(
@@ -224,9 +253,10 @@ def _advance(
         t.done, t.end = True, End.ANSWER if final else End.STEP
         t.answer = observation.text if final else None
         expected = task.answer if final else t.start.expected
+        seen = observation.identity
         # A premature final answer is no success of a step that should have called a tool.
         step_is_final = whole or task.steps[t.start.step].call.name == "final_answer"
-        t.success = same_answer(observation.text, expected) and final == step_is_final
+        t.success = same_answer(seen, expected) and final == step_is_final
         return
     t.step += 1
     if t.step >= max_steps:

@@ -6,7 +6,7 @@ observation, and what the trigger writes.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from regrpo.cached_rows import CachedRows
 from regrpo.decoding import DECODE, Continuations, decodes
+from regrpo.images import Image, ImageReader
 from regrpo.merged_adapter import merged_adapter
 from regrpo.modeling import CausalLM, attention, base_model
 from regrpo.segments import ChatFormat
@@ -41,6 +42,7 @@ class LocalPolicy:
         max_length: limit of prompt and turn together; None for none.
         cache_gib: keys and values that a session keeps from one turn to the next, in GiB, at most;
             batches beyond that compute their whole prompts again, and sample the same.
+        reader: of a vision-language model's images.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class LocalPolicy:
         stop_ids: Sequence[int] = (),
         max_length: int | None = None,
         cache_gib: float = 8.0,
+        reader: ImageReader | None = None,
     ):
         self.model = model
-        self.chat = ChatFormat(tokenizer)
+        self.chat = ChatFormat(tokenizer, reader)
         self.pad_id: int = tokenizer.pad_token_id
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
@@ -81,6 +84,7 @@ class LocalPolicy:
             max_length=self.max_length,
             generator=self.generator,
             cache_bytes=round(self.cache_gib * 2**30),
+            images=None if self.chat.reader is None else self.chat.reader.known,
         )
 
 
@@ -104,6 +108,7 @@ class LocalSession:
         generator: draws are reproducible given its state, the prompts and the model.
         max_batch: trajectories decoded together; those with prompts of similar length at first.
         cache_bytes: keys and values kept between turns, at most.
+        images: by their keys, all that prompts show (`regrpo.images`).
     """
 
     def __init__(
@@ -118,8 +123,10 @@ class LocalSession:
         generator: torch.Generator | None = None,
         max_batch: int = 512,
         cache_bytes: int = 2**33,
+        images: Mapping[int, Image] | None = None,
     ):
         self._model = model
+        self._images = images
         self._stop_ids = tuple(stop_ids)
         self._pad_id = pad_id
         self._temperature = temperature
@@ -173,7 +180,7 @@ class LocalSession:
             batch.rows.resume(places, prompts, [len(tokens) for tokens in before])
         else:
             if decodes(base_model(self._model)):
-                batch.rows = Continuations(self._model, prompts)
+                batch.rows = Continuations(self._model, prompts, self._images)
             else:
                 batch.rows = CachedRows(self._model, prompts, self._pad_id)
             batch.places = {number: i for i, number in enumerate(batch.numbers)}

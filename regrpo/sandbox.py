@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -183,8 +184,9 @@ class _Worker:
             raise self._ended(timed_out=False) from None
 
     def receive(self) -> Observation:
-        text, status = self._message(self._wait_s)
-        return Observation(text, Status(status))
+        text, status, picture = self._message(self._wait_s)
+        image = None if picture is None else base64.b64decode(picture)
+        return Observation(text, Status(status), image)
 
     def close(self) -> None:
         """End the process, at once if it is idle."""

@@ -2,11 +2,13 @@
 
 Messages come on stdin as an 8-byte length and a pickle: once `(sys.path of the owner, tools)`, then
 lists of `(root, ToolCall)`. Answers leave on stdout as JSON lines: `{"network": bool}` once, then
-for each batch `null` when it has arrived and `[text, status]` for each call.
+for each batch `null` when it has arrived and `[text, status, picture]` for each call, the picture a
+file in base64 or null.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import json
@@ -20,13 +22,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from regrpo.tool_calls import ToolCall
-from regrpo.tools import call_tool
+from regrpo.tools import Observation, call_tool
+from regrpo.tools.observation import failure
 from regrpo.tools.shipping import unship
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 # Processor time does not depend on what else the machine does, so the same call gives the same
 # observation on a busy one; the wall clock ends a call that waits.
 WALL_FACTOR = 5
+MAX_IMAGE_BYTES = 16 * 2**20
 TRUNCATED = "… [truncated]"
 
 
@@ -58,14 +62,25 @@ def main(timeout_s: float, memory_mb: int, max_output_chars: int) -> None:
                 observation = call_tool(root, call, custom)
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            text = shown(observation.text, max_output_chars)
-            _send(answers, [text, observation.status.value])
+            _send(answers, _answer(observation, max_output_chars))
 
 
 def _messages() -> Iterator[Any]:
     stdin = sys.stdin.buffer
     while header := stdin.read(8):
         yield pickle.loads(stdin.read(int.from_bytes(header, "big")))
+
+
+def _answer(observation: Observation, max_chars: int) -> list[str | None]:
+    """Text, status and picture, in base64."""
+    image = observation.image
+    if image is not None and len(image) > MAX_IMAGE_BYTES:
+        observation = failure(
+            ValueError(f"the picture has {len(image)} bytes, over {MAX_IMAGE_BYTES}")
+        )
+        image = None
+    picture = None if image is None else base64.b64encode(image).decode()
+    return [shown(observation.text, max_chars), observation.status.value, picture]
 
 
 def shown(text: str, max_chars: int) -> str:

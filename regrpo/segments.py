@@ -11,13 +11,14 @@ its turn or open another. Other text is left as it is.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from regrpo.images import Image, ImageReader, spread
 from regrpo.tool_calls import reflection_span
 from regrpo.trajectory import Message
 from regrpo_kernels import Segment
@@ -28,19 +29,27 @@ class TokenizedTrajectory:
     """One sequence: ``input_ids`` and, per token, the ``Segment`` it belongs to.
 
     ``log_probs`` are the sampler's, 0.0 on tokens that were not sampled; empty if nothing was.
+    An image's tokens are its key, by which ``images`` has it (`regrpo.images`).
     """
 
     input_ids: list[int] = field(default_factory=list)
     segment_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    images: dict[int, Image] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def extend(
-        self, ids: Sequence[int], segment: Segment, log_probs: Sequence[float] | None = None
+        self,
+        ids: Sequence[int],
+        segment: Segment,
+        log_probs: Sequence[float] | None = None,
+        images: Sequence[Image] = (),
     ) -> None:
-        """Appends tokens of one segment; without ``log_probs`` they were not sampled."""
+        """Appends tokens of one segment; without ``log_probs`` they were not sampled. ``images``
+        are those among them."""
+        self.images.update((image.key, image) for image in images)
         self.input_ids.extend(ids)
         self.segment_ids.extend([int(segment)] * len(ids))
         self.log_probs.extend([0.0] * len(ids) if log_probs is None else log_probs)
@@ -164,6 +173,8 @@ def tokenize_conversation(
     messages: Sequence[Message],
     *,
     trained_turns: Sequence[int] | None = None,
+    reader: ImageReader | None = None,
+    images: Mapping[str, Image] | None = None,
 ) -> TokenizedTrajectory:
     """Renders and tokenises a conversation and assigns segments.
 
@@ -171,6 +182,9 @@ def tokenize_conversation(
         messages: ``role``/``content`` turns.
         trained_turns: indices into ``messages`` of the assistant turns that are ACTION/REFLECTION;
             the others become CONTEXT. ``None`` takes every assistant turn (the ``clean`` mask).
+        reader: of the model's images; None for a model that sees none.
+        images: by their placeholders, in turns that are not the assistant's: what a model writes
+            is text.
 
     The end-of-turn token behind a trained turn belongs to it: a model must learn to stop.
 
@@ -187,6 +201,7 @@ def tokenize_conversation(
     kinds = bytearray(len(text))  # Segment.CONTEXT == 0
     closings: dict[str, int] = {}
     acted = False
+    shown: list[Image] = []
     for index, (message, content) in enumerate(zip(messages, contents, strict=True)):
         frame = frames[index + 1]
         body, tail = bytearray(len(content)), bytearray(len(frame))
@@ -199,22 +214,33 @@ def tokenize_conversation(
                 if frame not in closings:
                     closings[frame] = len(_end_of_turn(tokenizer, frame))
                 tail[: closings[frame]] = bytes([Segment.ACTION]) * closings[frame]
-        elif acted:
-            body = bytearray([Segment.OBSERVATION]) * len(content)
+        else:
+            if reader is not None and images:
+                content, more = reader.marked(content, images)
+                shown += more
+            body = bytearray([Segment.OBSERVATION if acted else 0]) * len(content)
         text += content + frame
         kinds += body + tail
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    trajectory = TokenizedTrajectory()
-    trajectory.input_ids = list(encoded["input_ids"])
-    trajectory.segment_ids = [kinds[s] if s < e else 0 for s, e in encoded["offset_mapping"]]
-    return trajectory
+    segments = [kinds[s] if s < e else 0 for s, e in encoded["offset_mapping"]]
+    tokens = spread(encoded["input_ids"], shown)
+    return TokenizedTrajectory(
+        input_ids=[value for _, value in tokens],
+        segment_ids=[segments[index] for index, _ in tokens],
+        images={image.key: image for image in shown},
+    )
 
 
 class ChatFormat:
-    """What surrounds the turns of a conversation, read off the tokenizer's chat template."""
+    """What surrounds the turns of a conversation, read off the tokenizer's chat template.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    Args:
+        reader: of the model's images; None for a model that sees none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: ImageReader | None = None):
         self.tokenizer = tokenizer
+        self.reader = reader
         probe = [{"role": role, "content": " A "} for role in ("user", "assistant", "user")]
         frames, contents = _rendered(tokenizer, probe, add_generation_prompt=True)
         closing = _end_of_turn(tokenizer, frames[2])
@@ -251,12 +277,29 @@ class ChatFormat:
         segments += [int(Segment.ACTION)] * (len(ids) - len(body))
         return forced + self._decode(body), segments
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens up to where the assistant speaks."""
-        messages = fold_system(self.tokenizer, messages)
-        return self.encode(render(self.tokenizer, messages, add_generation_prompt=True))
+    def _spread(self, text: str, shown: Sequence[Image]) -> list[int]:
+        return [value for _, value in spread(self.encode(text), shown)]
 
-    def observation(self, content: str) -> list[int]:
+    def prompt(
+        self, messages: Sequence[Message], images: Mapping[str, Image] | None = None
+    ) -> list[int]:
+        """Tokens up to where the assistant speaks; see ``tokenize_conversation`` for images."""
+        messages = fold_system(self.tokenizer, messages)
+        if self.reader is None or not images:
+            return self.encode(render(self.tokenizer, messages, add_generation_prompt=True))
+        frames, contents = _rendered(self.tokenizer, messages, add_generation_prompt=True)
+        text, shown = frames[0], []
+        for message, content, frame in zip(messages, contents, frames[1:], strict=True):
+            if message["role"] != "assistant":
+                content, more = self.reader.marked(content, images)
+                shown += more
+            text += content + frame
+        return self._spread(text, shown)
+
+    def observation(self, content: str, images: Mapping[str, Image] | None = None) -> list[int]:
         """Tokens from behind an assistant's end-of-turn token to where it speaks again."""
         shown = inert(self.tokenizer, content.strip() if self._trims else content)
-        return self.encode(self._before + shown + self._after)
+        seen: list[Image] = []
+        if self.reader is not None and images:
+            shown, seen = self.reader.marked(shown, images)
+        return self._spread(self._before + shown + self._after, seen)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -17,12 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from regrpo.config import SFTConfig, SourceConfig
 from regrpo.data_engine.recorded import failed_turns
 from regrpo.distributed import ALONE, Ranks
+from regrpo.images import ImageReader
 from regrpo.losses import policy_loss
-from regrpo.modeling import load_tokenizer, logit_softcap
+from regrpo.modeling import load_image_reader, load_tokenizer, logit_softcap
 from regrpo.packed_model import PackedModel, load_packed
 from regrpo.packing import PackedBatch, best_fit_decreasing, collate
 from regrpo.progress import live_line
 from regrpo.provenance import provenance
+from regrpo.record_images import ImageError, record_images
 from regrpo.records import Record, read_records
 from regrpo.segments import TokenizedTrajectory, tokenize_conversation
 from regrpo.tool_calls import reflection_span
@@ -68,9 +71,18 @@ def strip_reflections(messages: Sequence[Message]) -> list[Message]:
 
 
 def load_trajectories(
-    tokenizer: PreTrainedTokenizerBase, sources: Sequence[SourceConfig], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[SourceConfig],
+    max_length: int,
+    reader: ImageReader | None = None,
 ) -> tuple[list[TokenizedTrajectory], Counter[str]]:
-    """Reads and tokenises data files; also returns how many were left out, by reason."""
+    """Reads and tokenises data files; also returns how many were left out, by reason.
+
+    A record with an image that is missing or unreadable is left out.
+
+    Raises:
+        ValueError: no record is left, or one has images and the model (``reader``) sees none.
+    """
     trajectories: list[TokenizedTrajectory] = []
     skipped: Counter[str] = Counter()
     for source in sources:
@@ -86,7 +98,14 @@ def load_trajectories(
             if not turns:
                 skipped[f"no turn to train under mask {source.mask!r}"] += 1
                 continue
-            trajectory = tokenize_conversation(tokenizer, messages, trained_turns=turns)
+            try:
+                images = record_images(record, Path(source.path).parent, reader)
+            except ImageError as error:
+                skipped[str(error)] += 1
+                continue
+            trajectory = tokenize_conversation(
+                tokenizer, messages, trained_turns=turns, reader=reader, images=images
+            )
             if len(trajectory) > max_length:
                 skipped[f"longer than max_length={max_length}"] += 1
                 continue
@@ -152,7 +171,8 @@ def run_sft(config: SFTConfig, progress: Progress | None = None, ranks: Ranks = 
         ranks: the processes that train together; each takes its part of every batch.
     """
     tokenizer = load_tokenizer(config.model)
-    trajectories, skipped = load_trajectories(tokenizer, config.data, config.max_length)
+    reader = load_image_reader(config.model, tokenizer)
+    trajectories, skipped = load_trajectories(tokenizer, config.data, config.max_length, reader)
     torch.manual_seed(config.seed)  # a new adapter is drawn, and dropout
     packed = load_packed(config, ranks)
     model = packed.model
@@ -163,7 +183,9 @@ def run_sft(config: SFTConfig, progress: Progress | None = None, ranks: Ranks = 
     model.train()
     objective = replace(NLL, softcap=logit_softcap(model))
     files = [source.path for source in config.data]
-    with Run(config.out, config, model, tokenizer, config.optim, config.steps, files, ranks) as run:
+    with Run(
+        config.out, config, model, tokenizer, config.optim, config.steps, files, ranks, reader
+    ) as run:
         task = (
             progress.add_task("sft", total=config.steps, completed=run.step) if progress else None
         )

@@ -27,7 +27,15 @@ from pathlib import Path
 from regrpo.names import NAMES
 from regrpo.tool_calls import ToolCall
 from regrpo.tools.glyphs import draw_page, read_page
-from regrpo.workspace import LinkFile, PageFile, SqliteFile, TextFile, WorkspaceFile
+from regrpo.vision_tasks import scan
+from regrpo.workspace import (
+    LinkFile,
+    PageFile,
+    SqliteFile,
+    TextFile,
+    WorkspaceFile,
+    read_image,
+)
 
 NUM_CHAINS = 3
 MAX_HOPS = 7
@@ -48,7 +56,8 @@ class Step:
 class Task:
     """A question about a workspace, its answer, and reference steps (the last is ``final_answer``).
 
-    A user's task has no steps, and its workspace may be an existing folder.
+    A user's task has no steps, and its workspace may be an existing folder. ``images`` are the
+    paths, in the workspace, of what is shown with the question.
     """
 
     id: str
@@ -57,11 +66,27 @@ class Task:
     answer: str
     workspace: tuple[WorkspaceFile, ...] | Path
     steps: tuple[Step, ...]
+    images: tuple[str, ...] = ()
 
     @property
     def trapped(self) -> bool:
         """Whether the wording suggests a call that fails."""
         return any(step.trap is not None for step in self.steps)
+
+
+def task_images(task: Task) -> tuple[bytes, ...]:
+    """What is shown with a task's question.
+
+    Raises:
+        ValueError: an image is not in the workspace, named.
+    """
+    images = []
+    for path in task.images:
+        data = read_image(task.workspace, path)
+        if data is None:
+            raise ValueError(f"task {task.id}: no image {path!r} in its workspace")
+        images.append(data)
+    return tuple(images)
 
 
 class _Scene:
@@ -270,6 +295,7 @@ FAMILIES: dict[str, Callable[[_Scene], tuple[str, str, list[Step]]]] = {
     "lookup": _lookup,
     "sum": _sum,
 }
+VISION_FAMILIES = ("scan",)  # of pages that have to be looked at
 SERIAL_FAMILIES = ("links", "renames", "see")
 
 
@@ -298,9 +324,10 @@ def generate_tasks(
     """
     if count < 0 or first < 0:
         raise ValueError(f"count, first: got {count}, {first}; expected 0 or more")
-    unknown = sorted(set(families) - set(FAMILIES))
+    known = {*FAMILIES, *VISION_FAMILIES}
+    unknown = sorted(set(families) - known)
     if unknown or not families:
-        raise ValueError(f"families: got {unknown or 'none'}; expected some of {sorted(FAMILIES)}")
+        raise ValueError(f"families: got {unknown or 'none'}; expected some of {sorted(known)}")
     if not 1 <= hops[0] <= hops[1] <= MAX_HOPS:
         raise ValueError(f"hops: got {hops}; expected 1 <= least <= most <= {MAX_HOPS}")
     if not 0 <= tail < 1:
@@ -315,7 +342,15 @@ def generate_tasks(
 
 
 def _task(family: str, seed: int, index: int, scene: _Scene) -> Task:
-    question, answer, steps = FAMILIES[family](scene)
+    images: tuple[str, ...] = ()
+    if family in VISION_FAMILIES:
+        seen = scan(scene.rng, PAGE, trap=scene.trap())
+        scene.files.append(seen.page)
+        question, answer, images = seen.question, str(seen.value), (PAGE,)
+        call, asked = (ToolCall("crop", (PAGE, *box)) for box in (seen.box, seen.asked))
+        steps = [Step(call) if asked == call else Step(call, asked, "GroundingDrift")]
+    else:
+        question, answer, steps = FAMILIES[family](scene)
     scene.rng.shuffle(scene.files)
     final = Step(ToolCall("final_answer", (answer,)))
     return Task(
@@ -325,4 +360,5 @@ def _task(family: str, seed: int, index: int, scene: _Scene) -> Task:
         answer=answer,
         workspace=tuple(scene.files),
         steps=(*steps, final),
+        images=images,
     )

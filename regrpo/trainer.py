@@ -20,6 +20,7 @@ from regrpo.claim import claim
 from regrpo.config import OptimConfig
 from regrpo.distributed import ALONE, Ranks
 from regrpo.errors import RunError
+from regrpo.images import ImageReader
 from regrpo.modeling import CausalLM
 from regrpo.records import write_atomically
 from regrpo.sharding import is_sharded, like, whole, whole_state
@@ -90,12 +91,14 @@ class Run:
         steps: int,
         data_files: Sequence[str] = (),
         ranks: Ranks = ALONE,
+        reader: ImageReader | None = None,
     ):
         require_trackers(config.log_to)
         self.out = Path(out)
         self.ranks = ranks
         self.model = model
         self.tokenizer = tokenizer
+        self.reader = reader
         self.optim = optim
         self.steps = steps
         self.optimizer = build_optimizer(model, optim)
@@ -302,7 +305,7 @@ class Run:
             weights = whole_state(self.model.state_dict(keep_vars=True), self.ranks.main)
         if self.ranks.main:
             with self._writing("the model"):
-                save_pretrained(self.model, self.tokenizer, self.model_path, weights)
+                save_pretrained(self.model, self.tokenizer, self.model_path, weights, self.reader)
         self.ranks.wait()
 
 
@@ -311,16 +314,20 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
     weights: dict[str, torch.Tensor] | None = None,
+    reader: ImageReader | None = None,
 ) -> None:
     """Writes model and tokenizer into a folder that appears whole or not at all.
 
     Args:
+        reader: of a vision-language model's images, whose processor is written as well.
         weights: what the model's own ``state_dict`` would be, were it not sharded.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), state_dict=weights)
     tokenizer.save_pretrained(partial)
+    if reader is not None:
+        reader.processor.save_pretrained(partial)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
 

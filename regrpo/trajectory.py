@@ -25,13 +25,16 @@ class Start:
     Attributes:
         messages: the conversation so far; it ends with a user turn.
         step: index of the step to take.
-        expected: the observation of the reference call at ``step`` (local trajectories).
+        expected: what the reference call at ``step`` observes (local trajectories), as
+            ``Observation.identity``.
         failed: the conversation ends in a forced failure, so the next turn is the correction.
         error_type: of that failure.
         confidences: the policy's in the first calls of the steps before (`regrpo.trigger`); without
             them only failures fire the trigger here.
         demonstration: executed turns that go on from here and end in the right call; empty where
             there are none.
+        images: files, PNG or another format that Pillow reads; number n is what the messages call
+            ``<image_0n>``.
     """
 
     task: Task
@@ -42,3 +45,4 @@ class Start:
     error_type: str | None = None
     confidences: tuple[float, ...] = ()
     demonstration: tuple[Message, ...] = ()
+    images: tuple[bytes, ...] = ()

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from regrpo.images import gathered
 from regrpo.rollout import Trajectory
 from regrpo.trainer import Run
 from regrpo_kernels import ReflectionAdvantages, Segment
@@ -87,7 +88,9 @@ def segments_of(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> l
             {
                 "segment": Segment(kind).name.lower(),
                 "tokens": len(piece),
-                "text": tokenizer.decode(piece, clean_up_tokenization_spaces=False),
+                "text": tokenizer.decode(
+                    gathered(piece, trajectory.tokens.images), clean_up_tokenization_spaces=False
+                ),
             }
         )
     return segments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from regrpo.tools.glyphs import CELL_HEIGHT, CELL_WIDTH, CHARACTERS, MAX_SPACES, draw_page
+from regrpo.tools.paths import read_inside
 
 MAX_PAGE_SIDE = 2000
 # Bounds a script that never ends; a schema with a few thousand rows takes well under a million.
@@ -113,7 +115,26 @@ def build_workspace(root: Path, files: Sequence[WorkspaceFile]) -> None:
         elif isinstance(file, SqliteFile):
             _build_sqlite(target, file)
         else:
-            draw_page(file.size, file.lines).save(target, format="PNG", compress_level=1)
+            _draw(file, target)
+
+
+def read_image(workspace: tuple[WorkspaceFile, ...] | Path, path: str) -> bytes | None:
+    """The bytes of an image of a workspace, built or not; None where there is none."""
+    if isinstance(workspace, Path):
+        try:
+            return read_inside(workspace, path)
+        except (OSError, ValueError):
+            return None
+    for file in workspace:
+        if isinstance(file, PageFile) and file.path == path:
+            buffer = io.BytesIO()
+            _draw(file, buffer)
+            return buffer.getvalue()
+    return None
+
+
+def _draw(page: PageFile, target: Path | io.BytesIO) -> None:
+    draw_page(page.size, page.lines).save(target, format="PNG", compress_level=1)
 
 
 def _build_sqlite(target: Path, file: SqliteFile) -> None:

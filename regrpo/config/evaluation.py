@@ -68,6 +68,7 @@ class RunConfig:
         task: the question.
         model: Hugging Face name or path.
         workspace: folder with the files; tools only read it.
+        images: paths in the workspace, shown with the question to a vision-language model.
         reflect: open a reflection block after a typed failure.
         trigger: what else opens one.
         temperature: 0 is greedy.
@@ -82,6 +83,7 @@ class RunConfig:
     task: str
     model: str = "runs/demo/regrpo/model"
     workspace: str = "runs/demo/workspace"
+    images: tuple[str, ...] = ()
     reflect: bool = True
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
     temperature: float = 0.0

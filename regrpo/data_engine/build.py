@@ -14,6 +14,7 @@ observation tells how to get from one to the other. An endpoint as the teacher r
 of the failures that are kept and chosen, no others: its answers cost money.
 """
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -32,12 +33,13 @@ from regrpo.data_engine.near_miss import near_misses, target_shares
 from regrpo.data_engine.recording import Recording
 from regrpo.data_engine.teacher import Case, Declined, GroundedTeacher, Teacher, long_winded
 from regrpo.environment import Environment
+from regrpo.images import placeholder
 from regrpo.journal import Journal
 from regrpo.prompts import observation_turn, opening, thought
-from regrpo.records import Record, write_records
-from regrpo.tasks import Task
+from regrpo.records import Record, write_bytes_atomically, write_records
+from regrpo.tasks import Task, task_images
 from regrpo.tool_calls import Reflection, ToolCall, Turn
-from regrpo.tools import Observation, Status
+from regrpo.tools import TOOLS, VISION_TOOLS, Observation, Status
 from regrpo.trajectory import Message, Start
 from regrpo.workspace import file_to_dict
 
@@ -71,18 +73,24 @@ class Demonstration:
 
     def messages(self, failures: Sequence[Failure] = (), until: int | None = None) -> list[Message]:
         """The conversation in which exactly these failures happen, up to step ``until``."""
+        return self.conversation(failures, until).messages
+
+    def conversation(
+        self, failures: Sequence[Failure] = (), until: int | None = None
+    ) -> "Conversation":
+        """See ``messages``; with the images that it shows."""
         by_step = {f.step: f for f in failures}
-        messages = opening(self.task.question)
+        images = list(task_images(self.task))
+        told = Conversation(opening(self.task.question, images=len(images)), images)
         steps = list(zip(self.task.steps, self.observations, strict=True))
         for index, (step, observation) in enumerate(steps[:until]):
             failure = by_step.get(index)
             if failure is not None:
-                messages += failed_turns(failure)
-            reflection = failure.reflection if failure else None
-            messages.append(_act(step.call, reflection))
+                told.fail(failure)
+            told.messages.append(_act(step.call, failure.reflection if failure else None))
             if index < len(steps) - 1:
-                messages.append(_observe(index, observation))
-        return messages
+                told.observe(index, observation)
+        return told
 
     @property
     def traps(self) -> list[Failure]:
@@ -91,26 +99,39 @@ class Demonstration:
 
 
 @dataclass
+class Conversation:
+    """Messages, and the images that they call by number."""
+
+    messages: list[Message]
+    images: list[bytes]
+
+    def observe(self, step: int, observation: Observation) -> None:
+        """The turn that shows an observation."""
+        number = None if observation.image is None else len(self.images)
+        content = observation_turn(step, observation.text, number)
+        self.messages.append({"role": "user", "content": content})
+        self.images += [] if observation.image is None else [observation.image]
+
+    def fail(self, failure: Failure) -> None:
+        """The failed call and its observation."""
+        self.messages.append(_act(failure.call))
+        self.observe(failure.step, failure.observation)
+
+
+@dataclass
 class Corpus:
-    """What ``build`` made, and what the gates dropped, by reason."""
+    """What ``build`` made, and what the gates dropped, by reason; ``images`` are the files that
+    records name."""
 
     success: list[Record] = field(default_factory=list)
     clean: list[Record] = field(default_factory=list)
     rot: list[Record] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    images: dict[str, bytes] = field(default_factory=dict)
 
 
 def _act(call: ToolCall, reflection: Reflection | None = None) -> Message:
     return {"role": "assistant", "content": Turn(reflection, thought(call.name), call).render()}
-
-
-def _observe(step: int, observation: Observation) -> Message:
-    return {"role": "user", "content": observation_turn(step, observation.text)}
-
-
-def failed_turns(failure: Failure) -> list[Message]:
-    """The failed call and its observation."""
-    return [_act(failure.call), _observe(failure.step, failure.observation)]
 
 
 def demonstrate(
@@ -138,7 +159,9 @@ def demonstrate(
         candidates = [
             (index, error_type, call)
             for index, step in enumerate(task.steps)
-            for error_type, call in near_misses(step, rng, non_commit=non_commit).items()
+            for error_type, call in near_misses(
+                step, rng, non_commit=non_commit, tools=VISION_TOOLS if task.images else TOOLS
+            ).items()
         ]
         plan.append(candidates)
         calls = [*(s.call for s in task.steps), *(call for _, _, call in candidates)]
@@ -174,7 +197,16 @@ def demonstrate(
 def _case(demo: Demonstration, step: int, error_type: str, call: ToolCall, text: str) -> Case:
     task, seen = demo.task, tuple(o.text for o in demo.observations[:step])
     corrected = task.steps[step].call
-    return Case(task.question, error_type, call, text, corrected, task.workspace, seen)
+    return Case(
+        task.question,
+        error_type,
+        call,
+        text,
+        corrected,
+        task.workspace,
+        seen,
+        looking=bool(task.images),
+    )
 
 
 def build(
@@ -260,22 +292,33 @@ def rewrite(
 def _corpus(chosen: Sequence[tuple[Demonstration, list[Failure]]], dropped: Counter[str]) -> Corpus:
     corpus = Corpus(dropped=dropped)
     for demo, failures in chosen:
-        record = _record(demo, [], None)
+        record = _record(demo, [], None, corpus.images)
         corpus.success.append(record)
         if not demo.task.trapped:
             corpus.clean.append(record)
         if failures:
-            corpus.rot.append(_record(demo, failures, failures[-1]))
+            corpus.rot.append(_record(demo, failures, failures[-1], corpus.images))
     return corpus
 
 
-def _record(demo: Demonstration, failures: Sequence[Failure], told: Failure | None) -> Record:
+def _record(
+    demo: Demonstration,
+    failures: Sequence[Failure],
+    told: Failure | None,
+    files: dict[str, bytes],
+) -> Record:
+    """The record of a demonstration; what it shows joins ``files``, under names of the content."""
     task = demo.task
+    conversation = demo.conversation(failures)
+    shown: dict[str, str] = {}
+    for number, data in enumerate(conversation.images):
+        name = f"images/{hashlib.blake2b(data, digest_size=8).hexdigest()}.png"
+        files[name], shown[placeholder(number)] = data, name
     record: Record = {
         "id": task.id if told is None else f"{task.id}_rot",
-        "image": {},
+        "image": shown,
         "answer": task.answer,
-        "conversations": demo.messages(failures),
+        "conversations": conversation.messages,
     }
     if told is not None:
         call = task.steps[told.step].call
@@ -324,24 +367,26 @@ def local_starts(
         forced = bool(demo.failures) and rng.random() < forced_share
         failure = rng.choice(demo.failures) if forced else None
         step = rng.randrange(len(demo.task.steps)) if failure is None else failure.step
-        messages = demo.messages([f for f in demo.traps if f.step < step], until=step)
-        shown: list[Message] = []
+        told = demo.conversation([f for f in demo.traps if f.step < step], until=step)
         # Where the wording leads into a trap, the demonstration goes through it.
         repair = failure or next((f for f in demo.traps if f.step == step), None)
         if failure is not None:
-            messages += failed_turns(failure)
-        elif repair is not None:
-            shown = failed_turns(repair)
-        shown.append(_act(demo.task.steps[step].call, repair.reflection if repair else None))
+            told.fail(failure)
+        before = len(told.messages), len(told.images)
+        if failure is None and repair is not None:
+            told.fail(repair)
+        right = _act(demo.task.steps[step].call, repair.reflection if repair else None)
+        shown = [*told.messages[before[0] :], right]
         starts.append(
             Start(
                 demo.task,
-                tuple(messages),
+                tuple(told.messages[: before[0]]),
                 step=step,
-                expected=demo.observations[step].text,
+                expected=demo.observations[step].identity,
                 failed=forced,
                 error_type=failure.error_type if failure else None,
                 demonstration=tuple(shown),
+                images=tuple(told.images),
             )
         )
     return starts
@@ -401,6 +446,8 @@ def write_corpora(
         if teacher is not None:
             chosen = rewrite(chosen, teacher, dropped)
         corpus = _corpus(chosen, dropped)
+        for name, data in corpus.images.items():
+            write_bytes_atomically(out / name, data)
         for name in ("success", "clean", "rot"):
             write_records(out / f"{name}.jsonl", getattr(corpus, name))
         (out / "executed.jsonl").unlink()  # only the way there; the same command makes it again

@@ -52,11 +52,13 @@ def contrastive_groups(demonstrations: Sequence[Demonstration], rng: random.Rand
             continue
         failure = rng.choice(demo.failures)
         step = failure.step
+        told = demo.conversation([f for f in demo.traps if f.step < step], until=step)
         start = Start(
             demo.task,
-            tuple(demo.messages([f for f in demo.traps if f.step < step], until=step)),
+            tuple(told.messages),
             step=step,
-            expected=demo.observations[step].text,
+            expected=demo.observations[step].identity,
+            images=tuple(told.images),
         )
         groups.append(Group(start, _candidates(demo, failure, rng)))
     return groups

@@ -1,5 +1,6 @@
 """An environment that remembers on disk what it has executed."""
 
+import base64
 import hashlib
 from collections.abc import Sequence
 
@@ -21,7 +22,15 @@ class Recording:
         key = hashlib.sha256(repr(requests).encode()).hexdigest()
         if key not in self._known:
             observations = self._environment.execute(requests)
-            entry = {"key": key, "observations": [[o.status.value, o.text] for o in observations]}
+            told = [[o.status.value, o.text, _base64(o.image)] for o in observations]
+            entry = {"key": key, "observations": told}
             self._journal.append(entry)
             self._known[key] = entry["observations"]
-        return [Observation(text, Status(status)) for status, text in self._known[key]]
+        return [
+            Observation(text, Status(status), None if image is None else base64.b64decode(image))
+            for status, text, image in self._known[key]
+        ]
+
+
+def _base64(image: bytes | None) -> str | None:
+    return None if image is None else base64.b64encode(image).decode()

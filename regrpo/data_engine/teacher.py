@@ -98,7 +98,8 @@ def _follow(observation: str, start: Any, end: Any) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A failure and its repair, as a teacher gets them; `seen` are the observations before."""
+    """A failure and its repair, as a teacher gets them; `seen` are the observations before, and
+    `looking` says that images are shown, on which the repair may be found."""
 
     question: str
     error_type: str
@@ -107,6 +108,7 @@ class Case:
     corrected: ToolCall
     workspace: tuple[WorkspaceFile, ...] | Path = ()
     seen: tuple[str, ...] = ()
+    looking: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ class GroundedTeacher:
 
     def _explain(self, case: Case) -> Reflection | Declined:
         reflection = explain(case.error_type, case.failed, case.observation, case.corrected)
+        if reflection is None and case.looking:  # no text names what was seen
+            _, right = _difference(case.failed.args, case.corrected.args)
+            plan = list(right) if isinstance(right, tuple) else right
+            reflection = Reflection(case.error_type, _first_line(case.observation), f"use {plan}")
         if reflection is None:
             return Declined("repair not in the observation")
         known = any(_names(text, reflection.evidence) for text in (case.question, *case.seen))

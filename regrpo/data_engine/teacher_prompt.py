@@ -1,18 +1,15 @@
 """What a language model is asked about a failure, and which answers count."""
 
 import base64
-import io
 import json
 import re
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from regrpo.data_engine.teacher import Case
 from regrpo.tool_calls import Reflection
-from regrpo.tools.glyphs import draw_page
-from regrpo.tools.paths import read_inside
-from regrpo.workspace import PageFile
+from regrpo.workspace import read_image
 
 INSTRUCTIONS = (
     "An agent called a tool and the call failed; the corrected call worked. Write what the agent "
@@ -58,25 +55,10 @@ def _image_urls(case: Case) -> list[str]:
     urls = []
     for name in dict.fromkeys(arguments):
         kind = _IMAGE_TYPES.get(PurePosixPath(name).suffix.lower())
-        data = _image(case.workspace, name) if kind else None
+        data = read_image(case.workspace, name) if kind else None
         if data is not None:
             urls.append(f"data:{kind};base64,{base64.b64encode(data).decode()}")
     return urls
-
-
-def _image(workspace: Any, name: str) -> bytes | None:
-    """The bytes of an image of the workspace; a failed call may name one that is not there."""
-    if isinstance(workspace, Path):
-        try:
-            return read_inside(workspace, name)
-        except (OSError, ValueError):
-            return None
-    for file in workspace:
-        if isinstance(file, PageFile) and file.path == name:
-            buffer = io.BytesIO()
-            draw_page(file.size, file.lines).save(buffer, format="PNG")
-            return buffer.getvalue()
-    return None
 
 
 def check_answer(content: str, case: Case) -> Reflection | str:

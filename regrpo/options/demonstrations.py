@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from regrpo.images import ImageReader, read_images
 from regrpo.rollout import Trajectory
 from regrpo.segments import TokenizedTrajectory, tokenize_conversation
 from regrpo.sft import strip_reflections
@@ -22,13 +23,23 @@ from regrpo.trajectory import Start
 
 
 def demonstration_tokens(
-    tokenizer: PreTrainedTokenizerBase, start: Start, *, reflect: bool
+    tokenizer: PreTrainedTokenizerBase,
+    start: Start,
+    *,
+    reflect: bool,
+    reader: ImageReader | None = None,
 ) -> TokenizedTrajectory:
     """The demonstration from a state, without its reflection if ``reflect`` is False."""
     messages = [*start.messages, *start.demonstration]
     if not reflect:
         messages = strip_reflections(messages)
-    return tokenize_conversation(tokenizer, messages, trained_turns=[len(messages) - 1])
+    return tokenize_conversation(
+        tokenizer,
+        messages,
+        trained_turns=[len(messages) - 1],
+        reader=reader,
+        images=read_images(reader, start.images),
+    )
 
 
 def hard_states(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Start]:

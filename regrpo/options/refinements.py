@@ -22,8 +22,7 @@ import torch
 from regrpo.environment import Environment
 from regrpo.options.resampling import Group
 from regrpo.packing import TRAINED
-from regrpo.prompts import observation_turn
-from regrpo.rollout import Policy, Trajectory, run
+from regrpo.rollout import Policy, Trajectory, conversation, run
 from regrpo.segments import TokenizedTrajectory
 from regrpo.tools import Status
 from regrpo.trajectory import Start
@@ -42,14 +41,10 @@ def refinable(t: Trajectory) -> bool:
     return bool(t.start.expected and last.correction and last.observation.status is not Status.OK)
 
 
-def _behind_critique(t: Trajectory) -> Start:
+def _behind_critique(t: Trajectory, *, sees: bool) -> Start:
     """The state behind everything that the trajectory did, its last observation included."""
-    messages = list(t.start.messages)
-    for turn in t.turns:
-        messages.append({"role": "assistant", "content": turn.text})
-        content = observation_turn(turn.step, turn.observation.text)
-        messages.append({"role": "user", "content": content})
-    return replace(t.start, messages=tuple(messages), failed=True)
+    messages, images = conversation(t.start, t.turns, sees=sees)
+    return replace(t.start, messages=messages, images=images, failed=True)
 
 
 def _last_turn(tokens: TokenizedTrajectory) -> int:
@@ -70,6 +65,7 @@ def _transplant(t: Trajectory, refined: Trajectory) -> Trajectory:
         before.input_ids[:kept] + after.input_ids[taken:],
         kinds + after.segment_ids[taken:],
         [0.0] * kept + after.log_probs[taken:],
+        before.images | after.images,
     )
     turns = [*t.turns[:-1], refined.turns[-1]]
     return replace(refined, start=t.start, tokens=tokens, turns=turns, origin="refinement")
@@ -89,7 +85,8 @@ def join_refinements(
         failed = [t for t in group if refinable(t)]
         if failed and not any(t.success for t in group):
             chosen += [(index, failed[i % len(failed)]) for i in range(attempts)]
-    starts = [_behind_critique(t) for _, t in chosen]
+    sees = policy.chat.reader is not None
+    starts = [_behind_critique(t, sees=sees) for _, t in chosen]
     refined = run(policy, environment, starts, reflect=reflect, whole=False)
     result = [list(group) for group in groups]
     for (index, t), r in zip(chosen, refined, strict=True):

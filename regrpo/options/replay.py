@@ -18,6 +18,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from regrpo.images import Image
 from regrpo.options.resampling import Group, collapsed
 from regrpo.rollout import Trajectory, TurnRecord
 from regrpo.segments import TokenizedTrajectory
@@ -30,7 +31,7 @@ Entry = dict[str, Any]
 def state_key(start: Start) -> str:
     """The same for the same task, step and conversation so far."""
     text = json.dumps([start.task.id, start.step, start.expected, start.messages])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(b"".join([text.encode(), *start.images])).hexdigest()
 
 
 def pack(t: Trajectory) -> Entry:
@@ -42,7 +43,8 @@ def pack(t: Trajectory) -> Entry:
     ]
     return {
         "key": state_key(t.start),
-        "tokens": vars(t.tokens),
+        "tokens": {name: value for name, value in vars(t.tokens).items() if name != "images"},
+        "images": [list(vars(image).values()) for image in t.tokens.images.values()],
         "turns": turns,
         "success": t.success,
         "answer": t.answer,
@@ -55,9 +57,13 @@ def unpack(entry: Entry, start: Start) -> Trajectory:
         TurnRecord(step, text, Observation(seen, Status(status)), correction, reflection)
         for step, text, seen, status, correction, reflection in entry["turns"]
     ]
+    tokens = TokenizedTrajectory()
+    for name, values in entry["tokens"].items():
+        setattr(tokens, name, list(values))
+    tokens.images = {image.key: image for image in (Image(*row) for row in entry["images"])}
     return Trajectory(
         start,
-        TokenizedTrajectory(**{name: list(ids) for name, ids in entry["tokens"].items()}),
+        tokens,
         turns,
         step=turns[-1].step,
         done=True,

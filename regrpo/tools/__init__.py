@@ -14,6 +14,7 @@ from typing import get_type_hints
 from regrpo.tool_calls import ToolCall
 from regrpo.tools.answer import final_answer
 from regrpo.tools.calculator import calculator
+from regrpo.tools.crop import crop
 from regrpo.tools.custom import CustomTool, bind
 from regrpo.tools.files import list_dir, read_file
 from regrpo.tools.observation import Observation, Status, failure
@@ -21,7 +22,15 @@ from regrpo.tools.page import read_region
 from regrpo.tools.search import search
 from regrpo.tools.sql import sql
 
-__all__ = ["TOOLS", "Observation", "Status", "call_tool", "no_such_tool", "signature_text"]
+__all__ = [
+    "TOOLS",
+    "VISION_TOOLS",
+    "Observation",
+    "Status",
+    "call_tool",
+    "no_such_tool",
+    "signature_text",
+]
 
 Tool = Callable[..., Observation]
 TOOLS: tuple[Tool, ...] = (
@@ -33,7 +42,9 @@ TOOLS: tuple[Tool, ...] = (
     calculator,
     final_answer,
 )
-_BY_NAME = {tool.__name__: tool for tool in TOOLS}
+# For tasks that show images.
+VISION_TOOLS: tuple[Tool, ...] = (crop, final_answer)
+_BY_NAME = {tool.__name__: tool for tool in (*TOOLS, *VISION_TOOLS)}
 
 
 def _public_signature(tool: Tool) -> inspect.Signature:
@@ -53,7 +64,7 @@ def signature_text(tool: Tool) -> str:
 
 def no_such_tool(call: ToolCall, custom: Sequence[CustomTool] = ()) -> Observation:
     """What a call of an unknown name gives."""
-    names = ", ".join([*_BY_NAME, *(other.name for other in custom)])
+    names = ", ".join([*(t.__name__ for t in TOOLS), *(other.name for other in custom)])
     return failure(NameError(f"name '{call.name}' is not defined; tools: {names}"))
 
 

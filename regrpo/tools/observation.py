@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from dataclasses import dataclass
 from enum import Enum
+
+from PIL import Image, ImageChops
 
 
 class Status(str, Enum):
@@ -16,10 +20,28 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Observation:
-    """The text shown to the model, and how the call ended."""
+    """What is shown to the model, and how the call ended.
+
+    ``image``: a PNG file that belongs to the text, for models that see images.
+    """
 
     text: str
     status: Status
+    image: bytes | None = None
+
+    @property
+    def identity(self) -> str:
+        """The text; with a picture also what is seen on it, wherever the picture's edges are."""
+        return self.text if self.image is None else f"{self.text}\n{_picture(self.image)}"
+
+
+def _picture(data: bytes) -> str:
+    """Size and digest of what differs from white, by its smallest box."""
+    with Image.open(io.BytesIO(data)) as file:
+        grey = file.convert("L")
+    seen = grey.crop(ImageChops.invert(grey).getbbox())
+    digest = hashlib.blake2b(seen.tobytes(), digest_size=8).hexdigest()
+    return f"{seen.width} x {seen.height} {digest}"
 
 
 def failure(error: BaseException, hint: str = "") -> Observation:

@@ -84,14 +84,17 @@ def roll(tok, environment, script, start=LOCAL, reflect=True, whole=False, **kwa
     (trajectory,) = run(policy, environment, [start], reflect=reflect, whole=whole, **kwargs)
     assert not any(policy.scripts), "the trajectory ended too early"
     assert trajectory.done
-    assert len({len(v) for v in vars(trajectory.tokens).values()}) == 1
+    tokens = trajectory.tokens
+    assert len(tokens.input_ids) == len(tokens.segment_ids) == len(tokens.log_probs)
     return trajectory
 
 
 def pieces(tok, trajectory):
     found = []
     tokens = trajectory.tokens
-    for token, kind, log_prob in zip(*vars(tokens).values(), strict=True):
+    for token, kind, log_prob in zip(
+        tokens.input_ids, tokens.segment_ids, tokens.log_probs, strict=True
+    ):
         if found and found[-1][0] == kind:
             found[-1][1].append(token)
         else:
