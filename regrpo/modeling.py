@@ -7,7 +7,7 @@ is applied to trained tokens only.
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -235,14 +235,12 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(_absolute(name_or_path), dtype=dtype)
     _require_supported(model, trainable)
     place(model, device)
-    if lora_rank == 0:
-        return model
-    lora = LoraConfig(
-        r=lora_rank,
-        lora_alpha=lora_alpha,
-        target_modules=list(lora_targets),
-        task_type="CAUSAL_LM",
-    )
+    return new_adapter(model, lora_rank, lora_alpha, lora_targets) if lora_rank else model
+
+
+def new_adapter(model: PreTrainedModel, rank: int, alpha: int, targets: Sequence[str]) -> PeftModel:
+    """The model under a new LoRA adapter on the modules of these names."""
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 
 
