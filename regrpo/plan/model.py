@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -92,13 +93,13 @@ def _require_known_layers(model: PreTrainedModel) -> None:
             )
 
 
-def decoder(model: CausalLM) -> nn.Module:
-    """The language model without its head."""
+def decoder(model: CausalLM) -> Any:
+    """The language model without its head; a module, whose attributes are not typed."""
     return base_model(model).get_decoder()
 
 
-def vision_tower(model: CausalLM) -> nn.Module | None:
-    """What encodes images; None of a model that reads text only."""
+def vision_tower(model: CausalLM) -> Any:
+    """What encodes images, a module; None of a model that reads text only."""
     return getattr(base_model(model).base_model, "visual", None)
 
 
