@@ -121,27 +121,12 @@ def prefill_bytes(model: CausalLM, precision: Precision) -> int:
     return gated + 2 * precision.residual * config.hidden_size
 
 
-def image_activations(
-    model: CausalLM, precision: Precision, image_tokens: int, *, recomputed: bool
-) -> int:
-    """Bytes that the vision tower holds for an image.
-
-    For each patch, of width ``E``, a trained block saves ``11 c E`` (two norms, the products behind
-    them, attention's inputs and output), ``2 c E`` more with norms that save what they normalise,
-    and ``3 c M`` of its MLP, 4 with a gate. Of a frozen tower one block is held at a time. The
-    patch itself and the merger are added.
-    """
+def image_bytes(model: CausalLM, precision: Precision, image_tokens: int) -> int:
+    """Bytes that an image takes in the vision tower, which saves nothing: its pixels in float32,
+    and for each patch the stream, its sum, its norm and the MLP's activation in one block."""
     tower = vision_tower(model)
-    block = tower.blocks[0]
-    width = block.attn.proj.in_features
-    inner = max(linear.out_features for name, linear in linears(block) if "mlp" in name)
-    gated = any(".gate_proj" in name for name, _ in linears(block))
-    saved = precision.compute * ((11 + len(_norms(block))) * width + (3 + gated) * inner)
-    outside = precision.compute * (4 * width + tower.patch_embed.proj.weight[0].numel())
+    width = tower.blocks[0].attn.proj.in_features
+    inner = max(m.out_features for name, m in linears(tower.blocks[0]) if "mlp" in name)
     patches = image_tokens * tower.config.spatial_merge_size**2
-    if not any(p.requires_grad for p in tower.parameters()):
-        return patches * (saved + outside)
-    if recomputed:
-        inputs = len(tower.blocks) * precision.residual * width
-        return patches * (saved + inputs + outside)
-    return patches * (len(tower.blocks) * saved + outside)
+    pixels = 4 * tower.patch_embed.proj.weight[0].numel()
+    return patches * (pixels + precision.compute * (3 * width + 3 * inner))

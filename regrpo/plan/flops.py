@@ -70,8 +70,8 @@ def _input_has_gradient(model: CausalLM, index: int, name: str) -> bool:
     """Whether what a matrix product of a decoder layer gets depends on a trained weight."""
     if index > 0 or ".lora_B" in name or not name.startswith("self_attn") or ".o_proj" in name:
         return True
-    text, vision = decoder(model), vision_tower(model)
-    before = [text.embed_tokens, text.layers[0].input_layernorm, *([vision] if vision else [])]
+    text = decoder(model)
+    before = (text.embed_tokens, text.layers[0].input_layernorm)
     return any(p.requires_grad for module in before for p in module.parameters())
 
 
@@ -82,24 +82,16 @@ def head_products(model: CausalLM) -> Products:
     return Products(size, 0, size * (1 + weight.requires_grad))
 
 
-def image_flops(model: CausalLM, image_tokens: int) -> tuple[int, int]:
-    """Forward and backward of one image through the vision tower; backward 0 if it is frozen."""
+def image_flops(model: CausalLM, image_tokens: int) -> int:
+    """Of one image through the vision tower, forward; it is frozen."""
     tower = vision_tower(model)
-    if tower is None:
-        return 0, 0
     config = tower.config
     patches = image_tokens * config.spatial_merge_size**2
-    forward = 2 * patches * tower.patch_embed.proj.weight.numel()
-    forward += 2 * patches * linear_numel(tower.blocks)
-    forward += 2 * image_tokens * linear_numel(tower.merger)
+    embedding = patches * tower.patch_embed.proj.weight.numel()
+    products = patches * linear_numel(tower.blocks) + image_tokens * linear_numel(tower.merger)
     width = tower.blocks[0].attn.proj.in_features
-    attended = sum(patches * _seen(config, index, patches) for index in range(len(tower.blocks)))
-    attention = 4 * width * attended
-    trained = any(p.requires_grad for p in tower.parameters())
-    # The patches themselves have no gradient; all behind them does.
-    embedding = 2 * patches * tower.patch_embed.proj.weight.numel()
-    backward = trained * (2 * forward - embedding + 10 * width * attended)
-    return forward + attention, backward
+    pairs = sum(patches * _seen(config, index, patches) for index in range(len(tower.blocks)))
+    return 2 * (embedding + products) + 4 * width * pairs
 
 
 def _seen(config: object, index: int, patches: int) -> int:
@@ -114,7 +106,6 @@ def _seen(config: object, index: int, patches: int) -> int:
 def update_flops(run: RunConfig, model: CausalLM, work: Work) -> dict[str, float]:
     """FLOPs of one process's share of an update, by part."""
     text, out = text_products(model), head_products(model)
-    image, image_back = image_flops(model, work.image_tokens)
     images = work.groups * work.images
     pairs = work.context_pairs + work.branch_pairs
     forward = text.forward * work.tokens + text.pair_forward * pairs
@@ -144,7 +135,5 @@ def update_flops(run: RunConfig, model: CausalLM, work: Work) -> dict[str, float
     parts["backward"] = work.epochs * (text.backward * work.tokens + text.pair_backward * pairs)
     parts["loss head"] = work.epochs * (out.forward + out.backward) * work.trained
     if images:
-        if run.gradient_checkpointing and image_back:
-            encoded += work.epochs
-        parts["vision tower"] = images * (image * encoded + image_back * work.epochs)
+        parts["vision tower"] = encoded * images * image_flops(model, work.image_tokens)
     return parts

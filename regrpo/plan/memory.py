@@ -26,7 +26,7 @@ from regrpo.config import PlanConfig, SFTConfig
 from regrpo.decoding import ROOM
 from regrpo.modeling import head
 from regrpo.plan.activations import (
-    image_activations,
+    image_bytes,
     in_flight,
     kept_activations,
     key_value_bytes,
@@ -77,7 +77,7 @@ def memory(run: RunConfig, model: CausalLM, work: Work, plan: PlanConfig) -> lis
     tower = vision_tower(model)
     seen = numel(tower, trained=False) if tower is not None else 0
     frozen = numel(model, trained=False) - seen
-    copies = cast_copies(model, kinds, images=work.images > 0)
+    copies = cast_copies(model, kinds)
     parts = [
         Part("weights, frozen", ALWAYS, kinds.frozen * frozen / shards),
         Part("weights of the vision tower, frozen", ALWAYS, kinds.frozen * seen / shards),
@@ -102,7 +102,7 @@ def memory(run: RunConfig, model: CausalLM, work: Work, plan: PlanConfig) -> lis
     ]
     if work.images:
         images = max(1.0, tokens / work.tokens * work.groups) * work.images
-        held = image_activations(model, kinds, work.image_tokens, recomputed=again)
+        held = image_bytes(model, kinds, work.image_tokens)
         parts.append(Part("vision tower", LEARNING, images * held))
     if work.samples:
         assert not isinstance(run, SFTConfig)
@@ -135,14 +135,12 @@ def peak(parts: list[Part]) -> float:
     return of(ALWAYS) + max(sampling, learning)
 
 
-def cast_copies(model: CausalLM, kinds: Precision, *, images: bool) -> int:
+def cast_copies(model: CausalLM, kinds: Precision) -> int:
     """What autocast keeps: each trained matrix once more, in the dtype of the computation."""
     if kinds.compute == 4:
         return 0
     weight = head(model)[0]
     count = linear_numel(decoder(model), trained=True) + weight.requires_grad * weight.numel()
-    if images:
-        count += linear_numel(vision_tower(model), trained=True)
     return kinds.compute * count
 
 

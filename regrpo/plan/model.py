@@ -62,6 +62,8 @@ def read_model_config(name_or_path: str, model_config: str | None) -> PreTrained
 def build_on_meta(run: RunConfig, model_config: str | None = None) -> CausalLM:
     """The model with the adapter that ``regrpo.modeling.load_model`` gives it, without values.
 
+    A vision tower is frozen, as the paper has it.
+
     Raises:
         NotImplementedError: a model whose layers are not attention and a gated MLP.
         ValueError: as `read_model_config`, or an adapter that does not fit the model.
@@ -73,6 +75,8 @@ def build_on_meta(run: RunConfig, model_config: str | None = None) -> CausalLM:
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(config)  # type: ignore[attr-defined]
         _require_known_layers(model)
+        if vision_tower(model) is not None:
+            vision_tower(model).requires_grad_(False)
         folder = Path(run.model)
         if model_config is None and (folder / "adapter_config.json").exists():
             saved = PeftConfig.from_pretrained(str(folder))
