@@ -42,9 +42,11 @@ def read_model_config(name_or_path: str, model_config: str | None) -> PreTrained
     """The configuration of a model, or that in a file.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        FileNotFoundError: no such file. ValueError: there is none, or it cannot be read.
     """
     where = model_config or name_or_path
+    if model_config is not None and not Path(model_config).is_file():
+        raise FileNotFoundError(f"model_config: no file at {model_config}")
     if model_config is None and (Path(where) / "adapter_config.json").exists():
         where = str(PeftConfig.from_pretrained(where).base_model_name_or_path)
     try:
@@ -69,11 +71,14 @@ def build_on_meta(run: RunConfig, model_config: str | None = None) -> CausalLM:
         ValueError: as `read_model_config`, or an adapter that does not fit the model.
     """
     config = read_model_config(run.model, model_config)
-    kind: type = AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        kind = AutoModelForImageTextToText
+    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kind = next((k for k in kinds if type(config) in k._model_mapping), None)
+    if kind is None:
+        raise NotImplementedError(
+            f"a model of type {config.model_type}; expected a language model, seeing or not"
+        )
     with torch.device("meta"):
-        model: PreTrainedModel = kind.from_config(config)  # type: ignore[attr-defined]
+        model: PreTrainedModel = kind.from_config(config)
         _require_known_layers(model)
         if vision_tower(model) is not None:
             vision_tower(model).requires_grad_(False)
@@ -88,12 +93,13 @@ def build_on_meta(run: RunConfig, model_config: str | None = None) -> CausalLM:
 
 
 def _require_known_layers(model: PreTrainedModel) -> None:
-    for layer in decoder(model).layers:
+    for layer in getattr(decoder(model), "layers", [nn.Module()]):
         names = {n.split(".")[-1] for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         if names != {*ATTENTION, *GATED}:
+            found = ", ".join(sorted(names)) or "other parts"
             raise NotImplementedError(
-                f"{type(model).__name__} has layers of {', '.join(sorted(names))}; expected "
-                f"{', '.join((*ATTENTION, *GATED))}, a dense decoder with a gated MLP"
+                f"{type(model).__name__} has layers of {found}; "
+                f"expected {', '.join((*ATTENTION, *GATED))}: a dense decoder with a gated MLP"
             )
 
 
@@ -108,6 +114,7 @@ def vision_tower(model: CausalLM) -> Any:
 
 
 def adapted(model: CausalLM) -> bool:
+    """Whether an adapter is trained, and not the model itself."""
     return base_model(model) is not model
 
 
@@ -120,20 +127,24 @@ def precision(run: RunConfig, model: CausalLM) -> Precision:
 
 
 def text_config(model: CausalLM) -> PreTrainedConfig:
+    """The configuration of the language model."""
     return base_model(model).config.get_text_config()
 
 
 def head_dim(model: CausalLM) -> int:
+    """Width of an attention head."""
     config = text_config(model)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def key_heads(model: CausalLM) -> int:
+    """Heads of keys and values."""
     config = text_config(model)
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The matrix products of a module, by name."""
     return [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
 
 

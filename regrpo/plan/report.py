@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regrpo.config import PlanConfig, SFTConfig
+from regrpo.config.checks import require
 from regrpo.modeling import base_model, head
 from regrpo.plan.activations import key_value_bytes
 from regrpo.plan.flops import update_flops
@@ -18,6 +19,7 @@ from regrpo.plan.model import (
     linear_numel,
     numel,
     precision,
+    vision_tower,
 )
 from regrpo.plan.work import Work, work_of
 
@@ -47,6 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a GPU has so much memory."""
         return self.peak_bytes <= self.plan.gpu_gib * GIB
 
 
@@ -59,6 +62,9 @@ def make_plan(run: RunConfig, plan: PlanConfig) -> Plan:
     """
     model = build_on_meta(run, plan.model_config)
     work = work_of(run, plan)
+    seeing = plan.images == 0 or vision_tower(model) is not None
+    name = type(base_model(model)).__name__
+    require(seeing, "images", plan.images, f"0 with {name}, which reads text only")
     parts = memory(run, model, work, plan)
     flops = update_flops(run, model, work)
     seconds = {
@@ -96,15 +102,15 @@ def show(found: Plan, console: Console | None = None) -> None:
     console.print(
         f"{name}, {_count(numel(found.model))} parameters, {_count(trained)} trained; "
         f"{run.dtype}; {plan.processes} x {plan.gpu_gib:g} GiB"
-        + (f", {run.parallel}" if plan.processes > 1 else "")
+        + (f", {run.parallel}" if plan.processes > 1 else ""),
+        soft_wrap=True,
     )
     console.print(_what(work, isinstance(run, SFTConfig)), soft_wrap=True)
     console.print(_memory_table(found))
-    need, room = found.peak_bytes / GIB, plan.gpu_gib
-    if found.fits:
-        console.print(f"[bold]fits[/bold]: {need:.1f} of {room:g} GiB")
-    else:
-        console.print(f"[bold]does not fit[/bold]: {need:.1f} of {room:g} GiB{_advice(found)}")
+    verdict = "[bold]fits[/bold]" if found.fits else "[bold]does not fit[/bold]"
+    advice = "" if found.fits else _advice(found)
+    used = f"{found.peak_bytes / GIB:.1f} of {plan.gpu_gib:g} GiB"
+    console.print(f"{verdict}: {used}{advice}", soft_wrap=True)
     console.print(_flops_table(found))
     console.print(
         f"Time: FLOPs / ({plan.peak_tflops:g} TFLOP/s x {plan.utilization:g}); decoding at least "
@@ -112,6 +118,12 @@ def show(found: Plan, console: Console | None = None) -> None:
         "the optimizer and saving are left out (docs/plan.md).",
         soft_wrap=True,
     )
+    if precision(run, found.model).compute == 4 and plan.peak_tflops == PlanConfig.peak_tflops:
+        console.print(
+            f"The run computes in float32, and {plan.peak_tflops:g} TFLOP/s is a peak of bfloat16; "
+            "give that of the GPU's float32 with --peak_tflops.",
+            soft_wrap=True,
+        )
 
 
 def _count(number: int) -> str:

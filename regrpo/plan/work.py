@@ -50,6 +50,7 @@ class Work:
 
     @property
     def trajectories(self) -> int:
+        """Of all groups."""
         return self.groups * self.size
 
     @property
@@ -64,6 +65,7 @@ class Work:
 
     @property
     def trained_share(self) -> float:
+        """Of the tokens of a pass."""
         return self.trained / self.tokens
 
     @property

@@ -1,9 +1,13 @@
 """Plans against what tiny models of the same architectures really allocate and compute."""
 
+import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from runs import metrics_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,11 +15,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    OPTConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    T5Config,
 )
 
+from regrpo.cli import main, read_run
 from regrpo.config import LoraSettings, PlanConfig, SFTConfig, SourceConfig, TrainConfig
 from regrpo.decoding import Continuations
 from regrpo.learner import Learner
@@ -32,6 +39,7 @@ from regrpo.plan.activations import (
 from regrpo.plan.flops import image_flops, update_flops
 from regrpo.plan.memory import branch_room, head_bytes, memory, peak
 from regrpo.plan.model import Precision, build_on_meta, numel, precision, vision_tower
+from regrpo.plan.report import decoding_bytes, make_plan, show
 from regrpo.plan.work import Work, work_of
 from regrpo.sampling import sample
 from regrpo.segments import TokenizedTrajectory
@@ -396,3 +404,103 @@ def test_sampling_holds_what_is_planned(rank, dtype, folders):
             rows.append(torch.full((12,), 5))
     token = key_value_bytes(model, precision(run, model))
     assert rows.nbytes == token * 3 * (300 + 4 * branch_room(70))
+
+
+def write(path, **values):
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_a_plan_of_a_file_is_that_of_its_run(folders, tmp_path, capsys):
+    path = write(tmp_path / "run.yaml", model=folders["qwen2"], out="o", steps=7, lora={"rank": 4})
+    main(["plan", "--run", path, "--prompt_tokens", "100", "--gpu_gib", "1"])
+    text = capsys.readouterr().out
+    model = load_model(folders["qwen2"], lora_rank=4)
+    assert f"{numel(model) / 1e3:.2f} k parameters" in text
+    assert "24 states of 100 tokens x 5 trajectories of 192 trained and 64 observed" in text
+    assert "the run, 7 updates" in text
+    assert "float32 with --peak_tflops" in text
+    assert not (tmp_path / "o").exists()
+    found = make_plan(read_run(path), PlanConfig(run=path, prompt_tokens=100, gpu_gib=1e-9))
+    assert not found.fits
+    show(found)
+    text = capsys.readouterr().out
+    assert "does not fit" in text
+    assert "gradient_checkpointing: true, dtype: bfloat16, a smaller batch_tokens" in text
+    # Fewer than all of the bytes of a second are read in it, and decoding waits for them.
+    slow = PlanConfig(run=path, prompt_tokens=100, bandwidth_gbs=1e-3)
+    ratio = make_plan(read_run(path), slow).seconds["rollout, decoding"]
+    assert ratio == decoding_bytes(found.run, found.model, found.work) / 1e6
+
+
+def test_fsdp_shares_what_is_kept(folders):
+    plan = PlanConfig(run="f", processes=2)
+    alone = make_plan(run_of(folders["qwen2"]), PlanConfig(run="f"))
+    parts = {}
+    for parallel in ("ddp", "fsdp"):
+        found = make_plan(run_of(folders["qwen2"], parallel=parallel), plan)
+        parts[parallel] = {part.name: part.bytes for part in found.memory if part.phase == "always"}
+        assert sum(found.flops.values()) == sum(alone.flops.values())
+        assert sum(found.seconds.values()) < sum(alone.seconds.values())
+    assert parts["fsdp"] == {name: value / 2 for name, value in parts["ddp"].items()}
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ({"stepz": 3}, [], "run.yaml, as a file of regrpo train: Option 'stepz' is not accepted"),
+        ({"steps": 0}, [], "run.yaml, as a file of regrpo train: steps: got 0; expected 1 or more"),
+        ({}, ["--command", "sft"], "regrpo sft: the following arguments are required: data"),
+        ({"model": "x/y/z"}, [], "configuration of x/y/z cannot be read; expected a folder"),
+        ({}, ["--model_config", "no.json"], "model_config: no file at no.json"),
+        ({}, ["--images", "2"], "images: got 2; expected 0 with Qwen2ForCausalLM, which reads"),
+        ({}, ["--utilization", "2"], "utilization: got 2.0; expected above 0, at most 1"),
+    ],
+)
+def test_wrong_input_is_one_line(values, options, message, folders, tmp_path):
+    path = write(tmp_path / "run.yaml", **{"model": folders["qwen2"], "out": "o", **values})
+    with pytest.raises(SystemExit) as error:
+        main(["plan", "--run", path, *options])
+    assert message in error.value.code
+    assert "\n" not in error.value.code
+
+
+def test_other_architectures_are_refused(tmp_path):
+    for config, what in ((OPTConfig(), "layers of fc1, fc2"), (T5Config(), "of type t5")):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(NotImplementedError, match=what):
+            build_on_meta(run_of(str(tmp_path)))
+
+
+CONFIG_FILES = Path(__file__).parents[2] / "configs"
+PUBLISHED = str(CONFIG_FILES / "models/qwen2_vl_7b.json")
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_7b_sft", "qwen2_vl_7b_regrpo"])
+def test_the_papers_run_can_be_planned(name):
+    path = str(CONFIG_FILES / f"{name}.yaml")
+    plan = PlanConfig(run=path, model_config=PUBLISHED, prompt_tokens=4096, images=1)
+    found = make_plan(read_run(path), plan)
+    trained = numel(found.model, trained=True)
+    # Rank 128 between 3584 and the widths of q, k, v, o: 3584, 512, 512, 3584.
+    assert trained == 28 * 128 * (4 * 3584 + 3584 + 2 * 512 + 3584)
+    assert numel(found.model) - trained == 8_291_375_616  # what is published of the model
+    assert numel(vision_tower(found.model)) == 675_759_104
+    assert found.fits
+
+
+def test_the_papers_run_trains_a_tiny_model(base, tmp_path, environment):
+    """The same files; only the model, its data and the lengths are those of a test."""
+    small = ["--steps", "1", "--model", str(base / "random")]
+    data = json.dumps([{"path": str(base / "rot.jsonl"), "mask": "rot"}])
+    path = str(CONFIG_FILES / "qwen2_vl_7b_sft.yaml")
+    main(["sft", "--config", path, *small, "--data", data, "--out", str(tmp_path / "sft")])
+    path = str(CONFIG_FILES / "qwen2_vl_7b_regrpo.yaml")
+    small = ["--steps", "1", "--model", str(tmp_path / "sft/model"), "--max_new_tokens", "8"]
+    main(["train", "--config", path, *small, "--out", str(tmp_path / "rl")])
+    (line,) = metrics_of(tmp_path / "sft")
+    assert line["grad_norm"] > 0
+    (line,) = metrics_of(tmp_path / "rl")
+    assert line["trajectories"] == 5
+    assert line["lr"] == pytest.approx(1e-7)  # the first of ten steps that warm up
+    assert (tmp_path / "rl/model/adapter_config.json").exists()
