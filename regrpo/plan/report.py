@@ -150,7 +150,7 @@ def _what(work: Work, supervised: bool) -> str:
 
 
 def _memory_table(found: Plan) -> Table:
-    table = Table("memory of a GPU", "held while", title_justify="left")
+    table = Table("memory of a GPU", "held while")
     table.add_column("GiB", justify="right")
     for part in found.memory:
         table.add_row(part.name, part.phase, f"{part.bytes / GIB:.2f}")

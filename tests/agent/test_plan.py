@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,11 @@ from regrpo.plan.activations import (
     last_activations,
 )
 from regrpo.plan.flops import image_flops, update_flops
-from regrpo.plan.memory import branch_room, head_bytes, memory, peak
+from regrpo.plan.memory import MAX_BATCH, branch_room, head_bytes, memory, peak
 from regrpo.plan.model import Precision, build_on_meta, numel, precision, vision_tower
 from regrpo.plan.report import decoding_bytes, make_plan, show
 from regrpo.plan.work import Work, work_of
-from regrpo.sampling import sample
+from regrpo.sampling import LocalSession, sample
 from regrpo.segments import TokenizedTrajectory
 from regrpo.sft import NLL
 from regrpo.trainer import build_optimizer
@@ -398,6 +399,7 @@ def test_sampling_holds_what_is_planned(rank, dtype, folders):
     with Live() as live, packed.sampling():
         sample(packed.model, prompts, stop_id=-1, pad_id=0, temperature=1.0, max_new_tokens=70)
     assert 0.97 < expected / live.most < 1.05
+    assert signature(LocalSession).parameters["max_batch"].default == MAX_BATCH
     with torch.no_grad(), packed.sampling():
         rows = Continuations(packed.model, prompts)
         for _ in range(70):
@@ -427,10 +429,10 @@ def test_a_plan_of_a_file_is_that_of_its_run(folders, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "does not fit" in text
     assert "gradient_checkpointing: true, dtype: bfloat16, a smaller batch_tokens" in text
-    # Fewer than all of the bytes of a second are read in it, and decoding waits for them.
+    # Decoding waits for what it reads.
     slow = PlanConfig(run=path, prompt_tokens=100, bandwidth_gbs=1e-3)
-    ratio = make_plan(read_run(path), slow).seconds["rollout, decoding"]
-    assert ratio == decoding_bytes(found.run, found.model, found.work) / 1e6
+    seconds = make_plan(read_run(path), slow).seconds["rollout, decoding"]
+    assert seconds == decoding_bytes(found.run, found.model, found.work) / 1e6
 
 
 def test_fsdp_shares_what_is_kept(folders):
@@ -500,6 +502,13 @@ def test_the_papers_run_trains_a_tiny_model(base, tmp_path, environment):
     main(["train", "--config", path, *small, "--out", str(tmp_path / "rl")])
     (line,) = metrics_of(tmp_path / "sft")
     assert line["grad_norm"] > 0
+    planned, trained = (
+        build_on_meta(run_of(str(tmp_path / "sft/model"))),
+        load_model(str(tmp_path / "sft/model")),
+    )
+    assert [(n, p.shape, p.requires_grad) for n, p in planned.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in trained.named_parameters()
+    ], "the adapter of a folder"
     (line,) = metrics_of(tmp_path / "rl")
     assert line["trajectories"] == 5
     assert line["lr"] == pytest.approx(1e-7)  # the first of ten steps that warm up
