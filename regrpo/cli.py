@@ -1,12 +1,14 @@
 """The ``regrpo`` command."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from regrpo import config as settings
 from regrpo.errors import RunError
@@ -126,6 +128,12 @@ def _eval(config: settings.EvalConfig) -> None:
         print(run_eval(config, environment))
 
 
+def _plan(config: settings.PlanConfig) -> None:
+    from regrpo.plan.report import make_plan, show
+
+    show(make_plan(read_run(config.run, config.command), config))
+
+
 def _run(config: settings.RunConfig) -> None:
     from rich.console import Console
     from rich.text import Text
@@ -176,6 +184,7 @@ COMMANDS: tuple[Command, ...] = (
         _train,
         "ReGRPO, on-policy or offline (or GRPO with plain retries)",
     ),
+    ("plan", settings.PlanConfig, _plan, "memory, FLOPs and time that a run's file asks for"),
     ("eval", settings.EvalConfig, _eval, "evaluate on held-out tasks, or on a benchmark"),
     ("run", settings.RunConfig, _run, "let a trained agent answer a task about a folder"),
     ("report", settings.ReportConfig, _report, "curves and trajectories of runs as one HTML page"),
@@ -206,13 +215,42 @@ SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def _parser(description: str | None = None, **kwargs: Any) -> ArgumentParser:
+    parser = ArgumentParser(description=description, **kwargs)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with any of the options below"
+    )
+    return parser
+
+
+def read_run(path: str, command: str | None = None) -> settings.SFTConfig | settings.TrainConfig:
+    """The configuration that ``regrpo sft`` or ``regrpo train`` reads from a file.
+
+    Args:
+        command: "sft" or "train"; None for sft where the file names data, train where it does not.
+
+    Raises:
+        ValueError: a key or value that the command does not take; names file and key.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if command is None:
+        command = "sft" if re.search("^data *:", text, flags=re.MULTILINE) else "train"
+    config_type = settings.SFTConfig if command == "sft" else settings.TrainConfig
+    parser = _parser(exit_on_error=False)
+    parser.add_class_arguments(config_type)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(["--config", path])))
+        del values["config"]
+        return config_type(**values)
+    except (ArgumentError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(f"{path}, as a file of regrpo {command}: {what}") from error
+
+
 def _subparsers(parser: ArgumentParser, dest: str, commands: tuple[Command, ...]) -> Any:
     subcommands = parser.add_subcommands(dest=dest)
     for name, config, _, summary in commands:
-        sub = ArgumentParser(description=f"{summary[0].upper()}{summary[1:]}.")
-        sub.add_argument(
-            "--config", action=ActionConfigFile, help="YAML file with any of the options below"
-        )
+        sub = _parser(f"{summary[0].upper()}{summary[1:]}.")
         several = {f.name for f in fields(config)} & set(SEVERAL)
         for option in several:
             flag, more = SEVERAL[option]

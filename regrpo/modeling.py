@@ -7,7 +7,7 @@ is applied to trained tokens only.
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -259,12 +259,15 @@ def load_model(
     _require_supported(model, trainable)
     freeze_tower(model)
     place(model, device)
-    if lora_rank == 0:
-        return model
+    return new_adapter(model, lora_rank, lora_alpha, lora_targets) if lora_rank else model
+
+
+def new_adapter(model: PreTrainedModel, rank: int, alpha: int, targets: Sequence[str]) -> PeftModel:
+    """The model under a new LoRA adapter on the modules of these names, of the language side."""
     lora = LoraConfig(
-        r=lora_rank,
-        lora_alpha=lora_alpha,
-        target_modules=list(lora_targets),
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
         exclude_modules=None if tower(model) is None else r".*\bvisual\b.*",
         task_type="CAUSAL_LM",
     )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from regrpo.images import placeholder, without_placeholders
+from regrpo.image_files import placeholder, without_placeholders
 from regrpo.tools import TOOLS, VISION_TOOLS, signature_text
 from regrpo.tools.custom import CustomTool
 from regrpo.trajectory import Message
@@ -34,11 +34,15 @@ def opening(question: str, tools: Sequence[CustomTool] = (), images: int = 0) ->
     """
     built_in = VISION_PROMPT if images else SYSTEM_PROMPT
     system = "\n".join([built_in, *(tool.describe() for tool in tools)])
-    shown = "".join(f"\n{placeholder(index)}" for index in range(images))
     return [
         {"role": "system", "content": system},
-        {"role": "user", "content": f"Task: {question}{shown}"},
+        {"role": "user", "content": f"Task: {question}{shown_images(images)}"},
     ]
+
+
+def shown_images(count: int) -> str:
+    """The lines behind a question that show its images."""
+    return "".join(f"\n{placeholder(index)}" for index in range(count))
 
 
 def observation_turn(step: int, observation: str, image: int | None = None) -> str:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from regrpo.images import PLACEHOLDER, Image, ImageReader
+from regrpo.image_files import PLACEHOLDER
+from regrpo.images import Image, ImageReader
 from regrpo.records import Record
 
 

@@ -99,7 +99,8 @@ def load_trajectories(
                 skipped[f"no turn to train under mask {source.mask!r}"] += 1
                 continue
             try:
-                images = record_images(record, Path(source.path).parent, reader)
+                folder = source.images or Path(source.path).parent
+                images = record_images(record, Path(folder), reader)
             except ImageError as error:
                 skipped[str(error)] += 1
                 continue

@@ -29,12 +29,16 @@ class ChatModel(Protocol):
     """What can continue conversations."""
 
     def replies(
-        self, conversations: Sequence[Sequence[Message]], reflecting: Sequence[bool]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        reflecting: Sequence[bool],
+        images: Sequence[Sequence[bytes]],
     ) -> list[str]:
         """One turn for each, or a `Refused`.
 
         Args:
             reflecting: the last call failed, so the turn opens with a reflection.
+            images: of each conversation, by the numbers of their placeholders.
         """
         ...
 
@@ -47,6 +51,8 @@ class Episode:
         execute: gives the observation of a call that is not ``final_answer``; None ends the
             episode with its first turn, of which nothing is executed.
         turns: what happened, as JSON.
+        images: files that the messages call by number, to which those of observations are added;
+            None shows none.
     """
 
     key: str
@@ -57,6 +63,7 @@ class Episode:
     failed: bool = False
     answer: str | None = None
     end: str | None = None
+    images: list[bytes] | None = None
 
     def entry(self) -> Entry:
         return {"key": self.key, "turns": self.turns, "answer": self.answer, "end": self.end}
@@ -79,7 +86,9 @@ def run_episodes(
             if not active:
                 return
             texts = model.replies(
-                [e.messages for e in active], [reflect and e.failed for e in active]
+                [e.messages for e in active],
+                [reflect and e.failed for e in active],
+                [e.images or () for e in active],
             )
             list(pool.map(_advance, active, texts))
             for episode in active:
@@ -107,7 +116,11 @@ def _advance(episode: Episode, text: str) -> None:
     # At most one reflection for a failure: a correction that fails is not corrected again.
     episode.failed = observation.status is not Status.OK and not episode.failed
     episode.messages.append({"role": "assistant", "content": text})
-    content = observation_turn(step, observation.text)
+    number = None
+    if episode.images is not None and observation.image is not None:
+        number = len(episode.images)
+        episode.images.append(observation.image)
+    content = observation_turn(step, observation.text, number)
     episode.messages.append({"role": "user", "content": content})
 
 

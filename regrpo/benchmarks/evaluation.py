@@ -93,7 +93,7 @@ def _run_all(
 def _identity(config: EvalConfig, digest: str) -> dict[str, Any]:
     """What must be the same for a run to go on; the mode, limit and scorer may change."""
     bench = asdict(config.bench)
-    tools = {name: bench[name] for name in ("local_tools", "server", "max_steps")}
+    tools = {name: bench[name] for name in ("local_tools", "server", "max_steps", "images")}
     identity = {
         "benchmark": config.benchmark,
         "data": digest,

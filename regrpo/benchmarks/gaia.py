@@ -13,7 +13,7 @@ from pathlib import Path
 
 from regrpo.benchmarks.answers import gaia_match
 from regrpo.errors import RunError
-from regrpo.prompts import system_prompt
+from regrpo.prompts import shown_images, system_prompt
 from regrpo.sandbox import Sandbox
 from regrpo.tool_calls import ToolCall
 from regrpo.tools import TOOLS, Observation, signature_text
@@ -91,13 +91,17 @@ def _task(raw: dict[str, object]) -> GaiaTask:
     return GaiaTask(str(name), str(question), level, str(answer), file)
 
 
-def opening(task: GaiaTask) -> list[Message]:
-    """The system turn with the built-in tools, and the question with the name of its file."""
+def opening(task: GaiaTask, images: int = 0) -> list[Message]:
+    """The system turn with the built-in tools, and the question with the name of its file; its
+    ``images`` are shown behind it."""
     file = f"\nFiles: {task.file}" if task.file else ""
     format_ = "\nAnswer with a number, few words, or a list of these with commas."
     return [
         {"role": "system", "content": system_prompt(map(signature_text, TOOLS))},
-        {"role": "user", "content": f"Task: {task.question}{file}{format_}"},
+        {
+            "role": "user",
+            "content": f"Task: {task.question}{file}{format_}{shown_images(images)}",
+        },
     ]
 
 

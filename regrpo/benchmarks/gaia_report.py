@@ -21,6 +21,7 @@ from regrpo.benchmarks.gaia import (
 )
 from regrpo.benchmarks.pages import episode_text, listing, table
 from regrpo.config import EvalConfig
+from regrpo.image_files import readable_image
 from regrpo.sandbox import Sandbox
 from regrpo.tool_calls import ToolCall
 from regrpo.tools import Observation
@@ -41,7 +42,7 @@ class GaiaRun:
 
     def __init__(self, config: EvalConfig, data: GaiaData, tools: GaiaTools) -> None:
         self._config, self._tools = config, tools
-        self._tasks = data.tasks[: config.bench.limit]
+        self._tasks, self._root = data.tasks[: config.bench.limit], data.root
         missing = [t for t in self._tasks if t.file and not (data.root / t.file).is_file()]
         self._problems = [*data.problems, *(f"task {t.id}: no file '{t.file}'" for t in missing)]
         path = Path(config.data or "")
@@ -57,7 +58,12 @@ class GaiaRun:
         def execute(call: ToolCall) -> Observation:
             return self._tools.call(task, call)
 
-        return Episode(task.id, opening(task), execute, self._config.bench.max_steps)
+        shown = None
+        if self._config.bench.images:
+            data = readable_image(self._root / task.file) if task.file else None
+            shown = [] if data is None else [data]
+        messages = opening(task, len(shown or ()))
+        return Episode(task.id, messages, execute, self._config.bench.max_steps, images=shown)
 
     def report(
         self, done: Mapping[str, Entry]

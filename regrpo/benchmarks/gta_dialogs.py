@@ -8,7 +8,7 @@ from regrpo.benchmarks.answers import answer_score
 from regrpo.benchmarks.gta import MALFORMED, GtaTask, parse_task
 from regrpo.benchmarks.gta_scores import StepPrediction
 from regrpo.environment import Workspace
-from regrpo.prompts import observation_turn, system_prompt
+from regrpo.prompts import observation_turn, shown_images, system_prompt
 from regrpo.records import Record, RecordError
 from regrpo.tasks import Step, Task
 from regrpo.tool_calls import ToolCall, ToolCallError, Turn, parse_turn
@@ -24,13 +24,17 @@ from regrpo.workspace import TextFile
 _MARKER = "gta_task"
 
 
-def opening(task: GtaTask) -> list[Message]:
-    """The system turn with the task's tools, and the question with the names of its files."""
+def opening(task: GtaTask, images: int = 0) -> list[Message]:
+    """The system turn with the task's tools, and the question with the names of its files.
+
+    Args:
+        images: how many are shown behind it.
+    """
     lines = [GTA_TOOLS[name].describe() for name in task.tools]
     files = f"\nFiles: {', '.join(task.files)}" if task.files else ""
     return [
         {"role": "system", "content": system_prompt([*lines, signature_text(final_answer)])},
-        {"role": "user", "content": f"Task: {task.question}{files}"},
+        {"role": "user", "content": f"Task: {task.question}{files}{shown_images(images)}"},
     ]
 
 
@@ -49,9 +53,9 @@ def _turn(thought: str, call: ToolCall) -> Turn:
         return Turn(None, f"({thought})", call)
 
 
-def prefixes(task: GtaTask) -> list[list[Message]]:
-    """The conversation before every reference turn."""
-    messages, found = opening(task), []
+def prefixes(task: GtaTask, images: int = 0) -> list[list[Message]]:
+    """The conversation before every reference turn; see ``opening``."""
+    messages, found = opening(task, images), []
     for index, turn in enumerate(reference_turns(task)):
         found.append(list(messages))
         messages.append({"role": "assistant", "content": turn.render()})
@@ -141,13 +145,14 @@ def _expected(task: GtaTask) -> str:
     return task.answer.strip() if task.answer is not None else task.steps[-1].output
 
 
-def to_starts(task: GtaTask) -> list[Start]:
-    """Every state of the reference dialog, for `regrpo.rollout.run` in a `GtaEnvironment`."""
+def to_starts(task: GtaTask, images: Sequence[bytes] = ()) -> list[Start]:
+    """Every state of the reference dialog, for `regrpo.rollout.run` in a `GtaEnvironment`;
+    ``images`` are shown with the question."""
     made = to_task(task)
     outputs = [*(step.output for step in task.steps), _expected(task)]
     return [
-        Start(made, tuple(messages), step=index, expected=outputs[index])
-        for index, messages in enumerate(prefixes(task))
+        Start(made, tuple(told), step=index, expected=outputs[index], images=tuple(images))
+        for index, told in enumerate(prefixes(task, len(images)))
     ]
 
 

@@ -21,6 +21,7 @@ from regrpo.benchmarks.gta_scores import (
 )
 from regrpo.benchmarks.pages import episode_text, listing, table
 from regrpo.config import EvalConfig
+from regrpo.image_files import readable_image
 from regrpo.tool_calls import ToolCall, ToolCallError, parse_turn
 from regrpo.tools import Status
 from regrpo.tools.gta.drawing import open_image
@@ -82,12 +83,20 @@ class GtaRun:
                     found.append(f"task {task.id}: {error}")
         return found
 
+    def _shown(self, task: GtaTask) -> list[bytes] | None:
+        """The images of a task that can be read; None if images are not shown."""
+        if not self._config.bench.images:
+            return None
+        files = [self._root / name for name in task.files]
+        return [data for path in files if (data := readable_image(path)) is not None]
+
     def episodes(self) -> Iterator[Episode]:
         """All of them, whether or not they have been run."""
         for task in self._tasks:
             if "step" in self._modes:
-                for index, messages in enumerate(prefixes(task)):
-                    yield Episode(f"step/{task.id}/{index}", messages, None, 1)
+                shown = self._shown(task)
+                for index, messages in enumerate(prefixes(task, len(shown or ()))):
+                    yield Episode(f"step/{task.id}/{index}", messages, None, 1, images=shown)
             if "end" in self._modes:
                 yield self._whole(task)
 
@@ -98,7 +107,9 @@ class GtaRun:
         def execute(call: ToolCall) -> Any:
             return self._toolbox.call(call, task.tools, known, files)
 
-        return Episode(f"end/{task.id}", opening(task), execute, self._config.bench.max_steps)
+        shown, limit = self._shown(task), self._config.bench.max_steps
+        messages = opening(task, len(shown or ()))
+        return Episode(f"end/{task.id}", messages, execute, limit, images=shown)
 
     def report(
         self, done: Mapping[str, Entry]

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -11,11 +12,37 @@ from regrpo.benchmarks.episodes import Refused
 from regrpo.config.benchmark import EndpointConfig
 from regrpo.endpoint import Broken, Endpoint
 from regrpo.errors import RunError
+from regrpo.image_files import data_url, placeholder
+from regrpo.images import read_images
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.rollout import Policy
 from regrpo.trajectory import Message
 
 _ABOUT_THE_REQUEST = (400, 413, 422)
+
+
+def with_images(messages: Sequence[Message], files: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Messages in which images stand as data URLs where placeholders named them.
+
+    What the model said stays as it is.
+    """
+    urls = {placeholder(index): data_url(data) for index, data in enumerate(files)}
+    names = re.compile(f"({'|'.join(urls)})") if urls else None
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        pieces = names.split(message["content"]) if names else [message["content"]]
+        if message["role"] == "assistant" or len(pieces) == 1:
+            told.append(dict(message))
+            continue
+        parts = [
+            {"type": "image_url", "image_url": {"url": urls[piece]}}
+            if piece in urls
+            else {"type": "text", "text": piece}
+            for piece in pieces
+            if piece.strip()
+        ]
+        told.append({**message, "content": parts})
+    return told
 
 
 class PolicyChat:
@@ -29,14 +56,22 @@ class PolicyChat:
         self._policy, self._max_length = policy, max_length
 
     def replies(
-        self, conversations: Sequence[Sequence[Message]], reflecting: Sequence[bool]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        reflecting: Sequence[bool],
+        images: Sequence[Sequence[bytes]],
     ) -> list[str]:
-        """See `regrpo.benchmarks.episodes.ChatModel.replies`."""
+        """See `regrpo.benchmarks.episodes.ChatModel.replies`.
+
+        Raises:
+            ValueError: there are images, and the model sees none.
+        """
         chat = self._policy.chat
         openers = [REFLECTION_OPENER if opened else "" for opened in reflecting]
+        shown = [read_images(chat.reader, files) for files in images]  # held until the end
         prompts = [
-            chat.prompt(messages) + chat.encode(opener)
-            for messages, opener in zip(conversations, openers, strict=True)
+            chat.prompt(messages, seen) + chat.encode(opener)
+            for messages, opener, seen in zip(conversations, openers, shown, strict=True)
         ]
         limit = self._max_length
         fits = [i for i, p in enumerate(prompts) if limit is None or len(p) < limit]
@@ -75,20 +110,24 @@ class EndpointChat:
         self._endpoint = Endpoint(f"model {self._url}", key, config)
 
     def replies(
-        self, conversations: Sequence[Sequence[Message]], reflecting: Sequence[bool]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        reflecting: Sequence[bool],
+        images: Sequence[Sequence[bytes]],
     ) -> list[str]:
         """See `regrpo.benchmarks.episodes.ChatModel.replies`.
 
         Raises:
             RunError: the endpoint is down.
         """
-        return asyncio.run(self._replies(conversations))
+        told = zip(conversations, images, strict=True)
+        return asyncio.run(self._replies([with_images(m, files) for m, files in told]))
 
-    async def _replies(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+    async def _replies(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
         slots = asyncio.Semaphore(self._concurrency)
         async with self._endpoint.client() as client:
 
-            async def one(messages: Sequence[Message]) -> str | RunError:
+            async def one(messages: Sequence[Mapping[str, Any]]) -> str | RunError:
                 body = json.dumps({**self._fields, "messages": list(messages)}).encode()
                 async with slots:
                     try:

@@ -22,6 +22,7 @@ from regrpo.config.evaluation import (
     RunConfig,
 )
 from regrpo.config.options import OptionsConfig
+from regrpo.config.plan import PlanConfig
 from regrpo.config.rewards import RewardConfig
 from regrpo.config.rollout import RolloutConfig
 from regrpo.config.run import TRACKERS, LoraSettings, OptimConfig
@@ -47,6 +48,7 @@ __all__ = [
     "LoraSettings",
     "OptimConfig",
     "OptionsConfig",
+    "PlanConfig",
     "PretrainConfig",
     "ReportConfig",
     "RewardConfig",

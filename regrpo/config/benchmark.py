@@ -71,6 +71,7 @@ class BenchmarkConfig:
         server: address of a tool server that speaks AgentLego's protocol; null replays.
         server_timeout_s: seconds until a call of it is given up.
         tool_timeout_s: seconds of processor time for code of Solver and Plot.
+        images: show the images of a task, and those that tools make, to a model that sees.
         endpoint: a chat model behind an endpoint, named by `model`.
     """
 
@@ -84,6 +85,7 @@ class BenchmarkConfig:
     server: str | None = None
     server_timeout_s: float = 60.0
     tool_timeout_s: int = 20
+    images: bool = False
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
     def __post_init__(self) -> None:

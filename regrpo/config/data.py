@@ -119,11 +119,14 @@ class DataImportConfig:
         provenance: origin of records that do not say: executed, recorded or teacher; by default
             teacher for records with rot_meta (the official release invents its failures) and
             recorded for others.
+        images: show the images of records that only list them (GTA's) behind the first question,
+            for vision-language models; `images` of a data source says where they lie.
     """
 
     source: list[str]
     out: str
     provenance: str | None = None
+    images: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.source) > 0, "source", self.source, "at least one file")

@@ -62,12 +62,14 @@ class SourceConfig:
             only; "repair", every assistant turn but the failed ones.
         reflections: "keep", or "strip" for failure-then-retry without reflection.
         provenance: origins that are trained on: executed, recorded, teacher; None is all.
+        images: folder that paths of images are relative to; null is that of the data file.
     """
 
     path: str
     mask: str = "clean"
     reflections: str = "keep"
     provenance: tuple[str, ...] | None = None
+    images: str | None = None
 
     def __post_init__(self) -> None:
         require(

@@ -33,7 +33,7 @@ from regrpo.data_engine.near_miss import near_misses, target_shares
 from regrpo.data_engine.recording import Recording
 from regrpo.data_engine.teacher import Case, Declined, GroundedTeacher, Teacher, long_winded
 from regrpo.environment import Environment
-from regrpo.images import placeholder
+from regrpo.image_files import placeholder
 from regrpo.journal import Journal
 from regrpo.prompts import observation_turn, opening, thought
 from regrpo.records import Record, write_bytes_atomically, write_records

@@ -21,6 +21,8 @@ from typing import Any
 from regrpo import provenance
 from regrpo.benchmarks.gta_dialogs import gta_records
 from regrpo.config import DataExportConfig, DataImportConfig
+from regrpo.image_files import PLACEHOLDER, placeholder
+from regrpo.prompts import shown_images
 from regrpo.records import Record, RecordError, normalize, write_atomically, write_records
 
 REPORT = "import_report.json"
@@ -156,6 +158,19 @@ def _unframe(frame: dict[str, Any], content: str) -> dict[str, Any]:
     return {key: content if key == text else value for key, value in frame.items()}
 
 
+def show_images(record: Record) -> Record:
+    """A record whose images are listed, by other keys than placeholders, with all of them shown
+    behind the first user turn."""
+    files = record.get("image") or {}
+    if not isinstance(files, dict) or any(PLACEHOLDER.fullmatch(key) for key in files):
+        return record
+    messages = [dict(message) for message in record["conversations"]]
+    first = next(m for m in messages if m["role"] == "user")
+    first["content"] += shown_images(len(files))
+    named = {placeholder(index): path for index, path in enumerate(files.values())}
+    return {**record, "image": named, "conversations": messages}
+
+
 def to_official(record: Record, turns: str = "official") -> Record:
     """The inverse of `to_normal`.
 
@@ -260,7 +275,7 @@ def import_corpora(config: DataImportConfig) -> Report:
     goals = targets(config.out, config.source)
     reading = read_files(config.source, config.provenance)
     for path, records in reading.records.items():
-        write_records(goals[path], records)
+        write_records(goals[path], map(show_images, records) if config.images else records)
     report = {
         "files": {path: len(records) for path, records in reading.records.items()},
         "imported": sum(map(len, reading.records.values())),

@@ -101,6 +101,7 @@ COMMANDS = [
     "sft",
     "train",
     "eval",
+    "plan",
     "run",
     "demo",
 ]
@@ -114,7 +115,8 @@ def test_help(command, capsys):
     text = capsys.readouterr().out
     assert text.startswith("usage: regrpo")
     if command not in ("", "data"):
-        for option in ("--config", "--out" if command != "run" else "--workspace"):
+        own = {"run": "--workspace", "plan": "--run"}.get(command, "--out")
+        for option in ("--config", own):
             assert option in text
 
 

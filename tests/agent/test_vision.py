@@ -16,13 +16,8 @@ from vision_models import FAMILIES, image_processor, png, vision_model, with_mar
 
 from regrpo.config import LoraSettings, OptimConfig, SFTConfig, SourceConfig, TrainConfig
 from regrpo.copying import WORDS
-from regrpo.images import (
-    image_rows,
-    placeholder,
-    read_images,
-    rotary_positions,
-    without_placeholders,
-)
+from regrpo.image_files import placeholder, without_placeholders
+from regrpo.images import image_rows, read_images, rotary_positions
 from regrpo.learner import Learner
 from regrpo.modeling import head, hidden_states, load_image_reader, load_model, load_tokenizer
 from regrpo.packing import collate, pack_groups

@@ -135,7 +135,9 @@ class Toolbox:
             return failure(error)
         if isinstance(value, Observation):
             return Observation(shown(value.text, self._max_output_chars), value.status)
-        text = files.add(value) if isinstance(value, bytes) else value
+        if isinstance(value, bytes):
+            return Observation(files.add(value), Status.OK, value)
+        text = value
         if not text.strip():
             return Observation("(no output)", Status.EMPTY)
         return Observation(shown(text, self._max_output_chars), Status.OK)
