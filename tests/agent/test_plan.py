@@ -1,6 +1,5 @@
 """Plans against what tiny models of the same architectures really allocate and compute."""
 
-import json
 import weakref
 from inspect import signature
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import metrics_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -489,27 +487,3 @@ def test_the_papers_run_can_be_planned(name):
     assert numel(found.model) - trained == 8_291_375_616  # what is published of the model
     assert numel(vision_tower(found.model)) == 675_759_104
     assert found.fits
-
-
-def test_the_papers_run_trains_a_tiny_model(base, tmp_path, environment):
-    """The same files; only the model, its data and the lengths are those of a test."""
-    small = ["--steps", "1", "--model", str(base / "random")]
-    data = json.dumps([{"path": str(base / "rot.jsonl"), "mask": "rot"}])
-    path = str(CONFIG_FILES / "qwen2_vl_7b_sft.yaml")
-    main(["sft", "--config", path, *small, "--data", data, "--out", str(tmp_path / "sft")])
-    path = str(CONFIG_FILES / "qwen2_vl_7b_regrpo.yaml")
-    small = ["--steps", "1", "--model", str(tmp_path / "sft/model"), "--max_new_tokens", "8"]
-    main(["train", "--config", path, *small, "--out", str(tmp_path / "rl")])
-    (line,) = metrics_of(tmp_path / "sft")
-    assert line["grad_norm"] > 0
-    planned, trained = (
-        build_on_meta(run_of(str(tmp_path / "sft/model"))),
-        load_model(str(tmp_path / "sft/model")),
-    )
-    assert [(n, p.shape, p.requires_grad) for n, p in planned.named_parameters()] == [
-        (n, p.shape, p.requires_grad) for n, p in trained.named_parameters()
-    ], "the adapter of a folder"
-    (line,) = metrics_of(tmp_path / "rl")
-    assert line["trajectories"] == 5
-    assert line["lr"] == pytest.approx(1e-7)  # the first of ten steps that warm up
-    assert (tmp_path / "rl/model/adapter_config.json").exists()

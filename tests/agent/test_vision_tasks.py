@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from runs import metrics_of
 from vision_models import image_processor, vision_model, with_markup
 
 from regrpo.agent import ReGRPOAgent
@@ -23,7 +24,8 @@ from regrpo.data_engine.build import build, demonstrate, local_starts, write_cor
 from regrpo.data_engine.contrast import contrastive_groups
 from regrpo.data_engine.verify import check_record
 from regrpo.images import read_images
-from regrpo.modeling import load_image_reader, load_tokenizer
+from regrpo.modeling import load_image_reader, load_model, load_tokenizer
+from regrpo.plan.model import build_on_meta
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.records import read_records
 from regrpo.rl import run_rl
@@ -35,6 +37,7 @@ from regrpo.tasks import FAMILIES, VISION_FAMILIES, generate_tasks, task_images
 from regrpo.tools import Status
 from regrpo.tools.page import read_region
 
+CONFIG_FILES = Path(__file__).parents[2] / "configs"
 TASKS = generate_tasks(40, seed=3, families=VISION_FAMILIES)
 
 
@@ -234,3 +237,30 @@ def test_the_command_line_shows_images(model, page, capsys):
     assert "<image_00>" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"no image 'none\.png' in its workspace"):
         main([*command, "--images", '["none.png"]'])
+
+
+def test_the_papers_run_trains_a_tiny_model(model, tmp_path):
+    """The files of the paper's run, on a tiny random model of the same architecture: only the
+    model, its data and the lengths are those of a test."""
+    small = ["--steps", "1", "--model", str(model / "base")]
+    sources = [
+        {"path": str(model / "data" / f"{name}.jsonl"), "mask": mask}
+        for name, mask in (("clean", "clean"), ("rot", "rot"))
+    ]
+    path = str(CONFIG_FILES / "qwen2_vl_7b_sft.yaml")
+    options = ["--data", json.dumps(sources), "--out", str(tmp_path / "sft")]
+    main(["sft", "--config", path, *small, *options])
+    start = str(tmp_path / "sft/model")
+    path = str(CONFIG_FILES / "qwen2_vl_7b_regrpo.yaml")
+    small = ["--steps", "1", "--model", start, "--max_new_tokens", "8"]
+    main(["train", "--config", path, *small, "--out", str(tmp_path / "rl")])
+    (line,) = metrics_of(tmp_path / "sft")
+    assert line["grad_norm"] > 0
+    planned, trained = build_on_meta(TrainConfig(model=start, out="o")), load_model(start)
+    assert [(n, p.shape, p.requires_grad) for n, p in planned.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in trained.named_parameters()
+    ], "the adapter of a folder"
+    (line,) = metrics_of(tmp_path / "rl")
+    assert line["trajectories"] == 5
+    assert line["lr"] == pytest.approx(1e-7)  # the first of ten steps that warm up
+    assert (tmp_path / "rl/model/adapter_config.json").exists()
