@@ -129,6 +129,60 @@ class UpdateCase(GroupCase):
 
 
 @dataclass(frozen=True)
+class StepCase(GroupCase):
+    """One step of TRL's trainer on completions of 64 to 256 tokens behind their prompt."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [64 + 192 * i // max(self.group - 1, 1) for i in range(self.group)]
+
+    @property
+    def tokens(self) -> int:
+        """Of all prompts and completions, without the padding."""
+        return self.group * self.context + sum(self.lengths)
+
+    @property
+    def needs(self) -> int:
+        """Two models with a gradient each, and one gradient that both are compared with."""
+        return 5 * (4 * 512 * self.vocab + (100 << 20)) + (1 << 30)
+
+
+@dataclass(frozen=True)
+class PaddedCase:
+    """``group`` completions of a quarter of ``length`` to ``length`` tokens, padded."""
+
+    group: int
+    length: int
+    vocab: int
+    hidden: int
+    dtype: str
+
+    @property
+    def lengths(self) -> list[int]:
+        least = self.length // 4
+        steps = max(self.group - 1, 1)
+        return [least + (self.length - least) * i // steps for i in range(self.group)]
+
+    @property
+    def shape(self) -> str:
+        return f"{self.group} x {self.length} x {self.vocab}"
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.group * (self.length + 1) * self.vocab * ITEM_BYTES[self.dtype]
+
+    @property
+    def needs(self) -> int:
+        """Bytes without which the case cannot be set up: a head, its gradients, and on a GPU logits
+        and the copy that they are restored from.
+        """
+        return 4 * 4 * self.vocab * self.hidden + 2 * self.logits_bytes
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
+
+@dataclass(frozen=True)
 class GenerationCase(GroupCase):
     """Two turns of each trajectory, an observation in between."""
 
@@ -161,6 +215,27 @@ def update_cases(device: str, grid: bool) -> list[UpdateCase]:
         for vocab in (32000, 151936)
         for context in contexts
         for group in groups
+    ]
+
+
+def step_cases(device: str, grid: bool) -> list[StepCase]:
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    contexts, groups = ((128, 512, 1024), (4, 8, 16)) if grid else ((128, 512), (8,))
+    return [
+        StepCase(context, group, vocab, dtype)
+        for vocab in (32000, 151936)
+        for context in contexts
+        for group in groups
+    ]
+
+
+def padded_cases(device: str, grid: bool) -> list[PaddedCase]:
+    hidden, dtype = (512, "float32") if device == "cpu" else (4096, "bfloat16")
+    shapes = [(4, 512), (8, 256), (16, 1024)] if grid else [(4, 512), (8, 256)]
+    return [
+        PaddedCase(group, length, vocab, hidden, dtype)
+        for vocab in (32000, 151936)
+        for group, length in shapes
     ]
 
 

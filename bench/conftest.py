@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     )
 
 
-Case = cases.RowCase | cases.LinearCase | cases.UpdateCase | cases.GenerationCase
+Case = cases.RowCase | cases.LinearCase | cases.GroupCase | cases.PaddedCase
 
 
 class Session:
@@ -51,14 +51,15 @@ class Session:
         gc.collect()  # the case before may be held by a cycle
         budget = machine.memory_budget()
         if time.monotonic() - self.began > self.limit:
-            self.left_out[str(case)] = f"after the time limit of {self.limit:g} s"
-        elif case.needs > budget:
-            self.left_out[str(case)] = (
-                f"needs at least {case.needs / 1e9:.1f} GB, may use {budget / 1e9:.1f}"
-            )
-        else:
-            return
-        pytest.skip(f"{case}: {self.left_out[str(case)]}")
+            self.leave_out(str(case), f"after the time limit of {self.limit:g} s")
+        if case.needs > budget:
+            needed = f"{case.needs / 1e9:.1f} GB, may use {budget / 1e9:.1f}"
+            self.leave_out(str(case), f"needs at least {needed}")
+
+    def leave_out(self, name: str, why: str) -> NoReturn:
+        """Skips the test; the report names what was left out."""
+        self.left_out[name] = why
+        pytest.skip(f"{name}: {why}")
 
     def measure(self, case, providers, benchmark) -> None:
         kept = [
@@ -108,6 +109,8 @@ def pytest_generate_tests(metafunc):
         ("linear_case", cases.linear_cases),
         ("update_case", cases.update_cases),
         ("generation_case", cases.generation_cases),
+        ("step_case", cases.step_cases),
+        ("padded_case", cases.padded_cases),
     ):
         if name in metafunc.fixturenames:
             found = find(machine.DEVICE.type, grid)

@@ -6,7 +6,16 @@ from typing import Any
 
 FORMAT = 1  # of the JSON under "regrpo"; `Session.as_json` writes it
 QUIET = 0.5  # load average, and cores used by others, above which a run is not to be trusted
-WHOLE = ("update", "generation")  # steps of the trainer, whose work is not that of one op
+# ops of which ours is compared with each of the others, and what their shapes are
+GROUP = "context x K x vocabulary"
+WHOLE = {
+    "update": GROUP,
+    "generation": GROUP,
+    "trl step": GROUP,
+    "LigerFusedLinearGRPOLoss": "K x length x vocabulary",
+    "triton_grpo_loss": "K x length x vocabulary",
+    "fused_selective_log_softmax": "K x length x vocabulary",
+}
 NOISY = 0.25  # cores used by others during one case
 
 Record = dict[str, Any]
@@ -115,11 +124,11 @@ def markdown(rows: list[list[str]], left: set[int]) -> str:
 
 
 def whole_table(records: list[Record]) -> str:
-    """Whole updates or rollouts. Tokens are those of all trajectories, of a rollout the sampled
-    ones; "x ours": time and extra memory over those of ours.
+    """Whole updates, rollouts or calls of a peer. Tokens are those of all trajectories, of a
+    rollout the sampled ones; "x ours": time and extra memory over those of ours.
     """
     head = [
-        "context x K x vocabulary",
+        WHOLE[records[0]["op"]],
         "dtype",
         "provider",
         "s",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench import eager
-from bench.cases import GenerationCase, UpdateCase
+from bench.cases import GroupCase, UpdateCase
 from bench.machine import DEVICE
 from bench.measure import Call, Case, Provider
 from bench.peers import installed
@@ -28,6 +28,7 @@ from regrpo.segments import TokenizedTrajectory
 from regrpo_kernels import Objective, Segment
 
 HIDDEN, LAYERS, HEADS, KEY_HEADS, INTERMEDIATE = 512, 8, 8, 2, 1408
+LAYER_WEIGHTS = 2 * HIDDEN * (HIDDEN // HEADS) * (HEADS + KEY_HEADS) + 3 * HIDDEN * INTERMEDIATE
 OBJECTIVE = Objective(epsilon_low=eager.EPSILON, epsilon_high=eager.EPSILON, beta=eager.BETA)
 
 
@@ -41,7 +42,7 @@ class Sample:
     advantage: float
 
 
-def build_base(case: UpdateCase | GenerationCase) -> Qwen2ForCausalLM:
+def build_base(case: GroupCase) -> Qwen2ForCausalLM:
     """A Qwen2 of 25 M parameters and its embeddings; the same weights every time."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -57,7 +58,7 @@ def build_base(case: UpdateCase | GenerationCase) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).to(DEVICE, getattr(torch, case.dtype)).eval()
 
 
-def build_model(case: UpdateCase | GenerationCase) -> Any:
+def build_model(case: GroupCase) -> Any:
     """The base with the adapter of the official release, as after some training."""
     lora = LoraConfig(
         r=8,
@@ -173,41 +174,50 @@ def official(update: Update, checkpointing: bool) -> Call:
     return call
 
 
-def trl(update: Update) -> Call:
-    """TRL's GRPOTrainer from its scored samples on: log-probs of the reference, and its loss."""
+def grpo_trainer(model: Any, count: int, **options: Any) -> Any:
+    """TRL's GRPOTrainer for steps of `count` samples that are here already."""
     from datasets import IterableDataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
 
-    count = len(update.samples)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")),
         pad_token="a",
         eos_token="b",
     )
     trainer = GRPOTrainer(
-        model=update.model,
+        model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
             tempfile.mkdtemp(),
             max_steps=1,
             per_device_train_batch_size=count,
             num_generations=count,
-            beta=eager.BETA,
-            epsilon=eager.EPSILON,
-            use_bias_correction_kl=False,
-            loss_type="bnpo",  # the mean over the trained tokens of the batch
             use_cpu=DEVICE.type == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             report_to=[],
+            **options,
         ),
         train_dataset=IterableDataset.from_generator(lambda: iter([{"prompt": "a"}])),
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def trl(update: Update) -> Call:
+    """TRL's GRPOTrainer from its scored samples on: log-probs of the reference, and its loss."""
+    trainer = grpo_trainer(
+        update.model,
+        len(update.samples),
+        beta=eager.BETA,
+        epsilon=eager.EPSILON,
+        use_bias_correction_kl=False,
+        loss_type="bnpo",  # the mean over the trained tokens of the batch
+    )
     tails = [sample.ids[sample.start :] for sample in update.samples]
     pad = torch.nn.utils.rnn.pad_sequence
     prompts = torch.stack([sample.ids[: sample.start] for sample in update.samples])
@@ -243,13 +253,11 @@ def flops(case: UpdateCase, shared: bool) -> int:
     of the base is trained), each 2 a weight and token; scores and values, 4 a pair and channel,
     and 2.5 times that backward; the head on trained tokens.
     """
-    width = HIDDEN // HEADS
-    projections = HIDDEN * width * 2 * (HEADS + KEY_HEADS) + 3 * HIDDEN * INTERMEDIATE
     copies = 1 if shared else len(case.tails)
     computed = copies * case.context + sum(case.tails)
     pairs = copies * case.context**2 / 2 + sum(t * (case.context + t / 2) for t in case.tails)
-    attention = LAYERS * HEADS * width * 4 * pairs * (2 + 2.5)
-    body = 3 * 2 * LAYERS * projections * computed
+    attention = LAYERS * HIDDEN * 4 * pairs * (2 + 2.5)
+    body = 3 * 2 * LAYERS * LAYER_WEIGHTS * computed
     return round(body + attention + 3 * 2 * sum(case.tails) * case.vocab * HIDDEN)
 
 

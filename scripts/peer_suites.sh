@@ -56,14 +56,14 @@ run_liger() {
 run_trl() {
   peer_packages trl --no-deps "trl==$TRL" datasets pandas pyarrow multiprocess dill xxhash python-dateutil pytz six tzdata || return 1
   peer_import trl trl || return 1
-  PYTHONPATH=$WORK/trl/site-packages "$PYTHON" -m pytest -q tests/compat/test_trl.py "${arguments[@]}"
+  PYTHONPATH=$WORK/trl/site-packages "$PYTHON" -m pytest -q tests/compat/test_trl.py tests/compat/test_peer_signatures.py "${arguments[@]}"
 }
 
 run_verl() { # what importing its losses needs; torch stays the environment's
   peer_packages verl omegaconf orjson pyvers hydra-core codetiming cloudpickle ray || return 1
   peer_packages verl --no-deps "verl==$VERL" tensordict || return 1
   peer_import verl verl.trainer.ppo.core_algos || return 1
-  PYTHONPATH=$WORK/verl/site-packages "$PYTHON" -m pytest -q tests/compat/test_verl.py "${arguments[@]}"
+  PYTHONPATH=$WORK/verl/site-packages "$PYTHON" -m pytest -q tests/compat/test_verl.py tests/compat/test_peer_signatures.py "${arguments[@]}"
 }
 
 failed=()

@@ -167,7 +167,7 @@ def _fused_forward(
         if labels is None:
             raise ValueError("labels are needed by fused_lm_head=True, got None")
         for name in ("shift_labels", "num_items_in_batch", "output_router_logits"):
-            if kwargs.get(name) not in (None, False):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(f"{name} is not supported by regrpo_kernels.compat.trl")
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         out = self.get_output_embeddings()

@@ -98,7 +98,7 @@ def policy_loss(
     log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
+    loss_agg_mode: str | None = None,
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -108,7 +108,8 @@ def policy_loss(
         old_log_prob, log_prob, advantages: `[B, L]`, a float dtype; masked entries may hold
             anything.
         response_mask: `[B, L]` of 0 and 1, or bool.
-        loss_agg_mode: one of `AGG_MODES`.
+        loss_agg_mode: one of `AGG_MODES`; None for "seq-mean-token-mean" with "gspo" and
+            "token-mean" with the others, as in verl. "sapo" is always "seq-mean-token-mean".
         config: verl's `ActorConfig`: `clip_ratio`, `clip_ratio_low`, `clip_ratio_high`,
             `clip_ratio_c` ("clip"), `tau_pos` and `tau_neg` ("sapo"), and `global_batch_info`.
         rollout_is_weights: `[B, L]`, factors of the tokens' losses.
@@ -140,7 +141,11 @@ def policy_loss(
     loss = token.loss.masked_fill(~mask, 0.0)
     if rollout_is_weights is not None:
         loss = loss * rollout_is_weights.float().masked_fill(~mask, 0.0)
-    mode = loss_agg_mode if policy != "sapo" else "seq-mean-token-mean"  # as in verl
+    mode = loss_agg_mode
+    if policy == "sapo" or (policy == "gspo" and mode is None):
+        mode = "seq-mean-token-mean"
+    elif mode is None:
+        mode = "token-mean"
     loss = (loss * _weights(mask, mode, config.global_batch_info)).sum()
 
     def mean_of(values: Tensor) -> float:
