@@ -1,13 +1,12 @@
 """Looking at pages: what the small vision-language model is pretrained on.
 
 A stand-in for what every pretrained vision-language model can do already. Shown a page, it writes
-the page down, says where a label's number stands, and what it is; shown a part of one, it reads it;
-told a box, it repeats it. No task, no tool, no failure and no format of calls is taught.
+the page down and says where its number stands; shown a part of one, it reads it; told a box, it
+repeats it. No task, no tool, no failure and no format of calls is taught.
 """
 
 import io
 import random
-from collections.abc import Mapping, Sequence
 
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
@@ -27,24 +26,20 @@ def look(rng: random.Random) -> list[Look]:
     page = scan(rng, "page.png", trap=False)
     data = read_image((page.page,), page.page.path)
     assert data is not None
-    lines = {
-        text.split()[0]: (text.split()[1], box_at(y // GRID)) for _, y, text in page.page.lines
-    }
-    value, box = rng.choice(list(lines.values()))
+    lines = [
+        (text, box_at(y // GRID)) for _, y, text in sorted(page.page.lines, key=lambda a: a[1])
+    ]
+    written = "\n".join(f"{text} in {list(box)}" for text, box in lines)
     told = str(list(box_at(rng.randrange(ROWS))))
-    downwards = sorted(lines, key=lambda label: lines[label][1][1])
-    looks = [
-        (_turns("Write the page.\n<image_00>", _written(downwards, lines)), [data]),
-        (_turns("What is written?\n<image_00>", value), [_part(data, box)]),
+    return [
+        (_turns("Write the page.\n<image_00>", written), [data]),
+        (_turns("Where is the number?\n<image_00>", str(list(page.box))), [data]),
+        *(
+            (_turns("What is written?\n<image_00>", text), [_part(data, box)])
+            for text, box in lines
+        ),
         (_turns(f"Repeat {told}.", told), []),
     ]
-    asked = rng.sample(list(lines), len(lines))
-    question = f"Write {', '.join(asked)}.\n<image_00>"
-    looks.append((_turns(question, _written(asked, lines)), [data]))
-    for label in asked[:2]:
-        question = f"Where is the number at {label}?\n<image_00>"
-        looks.append((_turns(question, str(list(lines[label][1]))), [data]))
-    return looks
 
 
 def tokenized(
@@ -59,10 +54,6 @@ def tokenized(
 
 def _turns(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _written(labels: Sequence[str], lines: Mapping[str, tuple[str, Box]]) -> str:
-    return "\n".join(f"{label} {lines[label][0]} in {list(lines[label][1])}" for label in labels)
 
 
 def _part(data: bytes, box: Box) -> bytes:

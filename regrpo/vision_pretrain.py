@@ -24,7 +24,7 @@ from regrpo.small_vision_model import (
 )
 from regrpo.tasks import VISION_FAMILIES, generate_tasks
 from regrpo.trainer import Run
-from regrpo.vision_tasks import GRID, LABELS, ROWS
+from regrpo.vision_tasks import GRID, ROWS, WORDS
 
 
 def vision_tokenizer(config: VisionPretrainConfig, environment: Environment) -> Qwen2Tokenizer:
@@ -42,7 +42,7 @@ def vision_tokenizer(config: VisionPretrainConfig, environment: Environment) -> 
     for messages, _ in (told for _ in range(8) for told in look(rng)):
         texts.append(render_template([m for m in messages if m["role"] == "user"]))
     coordinates = [str(n) for n in range(0, (ROWS + 1) * GRID, GRID // 2) if n > 9]
-    symbols = [*LABELS, *coordinates, REFLECTION_OPENER, "Thought:"]
+    symbols = [*WORDS, *coordinates, REFLECTION_OPENER, "Thought:"]
     tokenizer = build_tokenizer(texts, symbols)
     add_image_markup(tokenizer)
     return tokenizer

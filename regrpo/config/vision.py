@@ -26,7 +26,7 @@ class VisionPretrainConfig:
     out: str
     tokenizer_tasks: int = 200
     pages: int = 20
-    steps: int = 400
+    steps: int = 450
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, warmup_steps=50))
     save_every: int = 200
     keep_checkpoints: int = 2
@@ -54,7 +54,7 @@ class VisionDemoConfig(DemoConfig):
     """
 
     out: str = "runs/vision-demo"
-    pretrain_steps: int = 400
+    pretrain_steps: int = 450
     data_tasks: int = 1200
     sft_steps: int = 100
     rl_steps: int = 40

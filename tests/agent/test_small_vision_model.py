@@ -18,7 +18,7 @@ from regrpo.tasks import VISION_FAMILIES, generate_tasks, task_images
 from regrpo.tools.page import read_region
 from regrpo.vision_pretrain import run_vision_pretrain
 from regrpo.vision_recipe import SHOWN, stages
-from regrpo.vision_tasks import GRID, LABELS, box_at
+from regrpo.vision_tasks import GRID, WORDS, box_at
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def test_pretraining_moves_the_tower(base, environment, tmp_path):
 
 def test_numbers_on_pages_are_digits_and_coordinates_are_tokens(base):
     tokenizer = load_tokenizer(base[1])
-    encoded = tokenizer("Al 482 in [28, 70, 56, 84]", add_special_tokens=False)["input_ids"]
+    encoded = tokenizer("ash 482 in [28, 70, 56, 84]", add_special_tokens=False)["input_ids"]
     pieces = [tokenizer.decode([i]) for i in encoded]
     assert [p for p in pieces if p.strip().isdigit()] == ["4", "8", "2", "28", "70", "56", "84"]
-    assert pieces[0].strip() == "Al"
-    assert set(LABELS) <= set(tokenizer.get_vocab())
+    assert pieces[0].strip() == "ash"
+    assert set(WORDS) <= set(tokenizer.get_vocab())
 
 
 def test_the_processor_keeps_every_pixel(base):
@@ -80,10 +80,10 @@ def test_what_is_asked_in_pretraining_is_on_the_page(base, tmp_path):
         (whole, files), *_ = looks
         (tmp_path / "page.png").write_bytes(files[0])
         for line in whole[1]["content"].splitlines():
-            label, value, _, *box = line.replace("[", "").replace("]", "").replace(",", "").split()
+            text, _, *box = line.replace("[", "").replace("]", "").replace(",", "").split()
             box = tuple(map(int, box))
-            assert label in LABELS
-            assert read_region(tmp_path, "page.png", *box).text == value
+            assert text in WORDS or text.isdigit()
+            assert read_region(tmp_path, "page.png", *box).text == text
             assert box == box_at(box[1] // GRID)
         for trajectory, (messages, files) in zip(
             tokenized(looks, tokenizer, reader), looks, strict=True
