@@ -168,6 +168,12 @@ def _demo(config: settings.DemoConfig) -> None:
     run_demo(config)
 
 
+def _vision_demo(config: settings.VisionDemoConfig) -> None:
+    from regrpo.vision_demo import run_vision_demo
+
+    run_vision_demo(config)
+
+
 def _experiment(config: settings.ExperimentConfig) -> None:
     from regrpo.experiment import run_experiment
 
@@ -189,6 +195,12 @@ COMMANDS: tuple[Command, ...] = (
     ("run", settings.RunConfig, _run, "let a trained agent answer a task about a folder"),
     ("report", settings.ReportConfig, _report, "curves and trajectories of runs as one HTML page"),
     ("demo", settings.DemoConfig, _demo, "everything once: data, five agents, table, curves"),
+    (
+        "vision-demo",
+        settings.VisionDemoConfig,
+        _vision_demo,
+        "the same on page images: a small vision-language model that crops",
+    ),
     (
         "experiment",
         settings.ExperimentConfig,

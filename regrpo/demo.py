@@ -39,17 +39,22 @@ def stages(config: DemoConfig) -> dict[str, Job]:
 
 def run_demo(config: DemoConfig) -> None:
     """Runs every stage and prints, plots and saves the comparison."""
+    run_stages(config, SHOWN, stages(config))
+
+
+def run_stages(config: DemoConfig, names: Sequence[str], jobs: Mapping[str, Job]) -> None:
+    """The comparison of the named agents, ReGRPO among them, from the stages that make them."""
     console = Console()
     out = Path(config.out)
     began = time.perf_counter()
     with progress_bar() as progress:
-        results, seconds = run_jobs(stages(config), progress)
+        results, seconds = run_jobs(jobs, progress)
     console.print(results["data"])
-    evaluated: dict[str, Result] = {AGENTS[n].title: results[f"eval {n}"] for n in SHOWN}
+    evaluated: dict[str, Result] = {AGENTS[n].title: results[f"eval {n}"] for n in names}
     reports = {title: report for title, (report, _) in evaluated.items()}
     console.print(comparison(reports, config.eval_tasks))
-    sft = {AGENTS[n].title: out / n for n in SHOWN if AGENTS[n].start is None}
-    rl = {AGENTS[n].title: out / n for n in SHOWN if AGENTS[n].start is not None}
+    sft = {AGENTS[n].title: out / n for n in names if AGENTS[n].start is None}
+    rl = {AGENTS[n].title: out / n for n in names if AGENTS[n].start is not None}
     plot_curves(sft, rl, out / "curves.png")
     plot_table(reports, out / "table.png", f"{config.eval_tasks} held-out tasks, 95 % intervals")
     episodes = evaluated["ReGRPO"][1]
@@ -73,10 +78,12 @@ def run_demo(config: DemoConfig) -> None:
         build_workspace(folder, example.workspace)
     console.print(f"{minutes:.1f} minutes; table.png, curves.png and results.json are in {out}")
     console.print("Ask the trained agent about the files of a folder:", style="bold")
+    shown_with = f" --images '{json.dumps(example.images)}'" if example.images else ""
     console.print(
         f"  regrpo run --model {out / 'regrpo' / 'model'} --workspace {folder} "
-        f'--task "{example.question}"',
+        f'--task "{example.question}"{shown_with}',
         soft_wrap=True,
+        markup=False,
     )
 
 

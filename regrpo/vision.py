@@ -80,10 +80,13 @@ def load_reader(
 
 
 def image_inputs(model: PreTrainedModel, images: ImageRows | None) -> dict[str, Any]:
-    """What a model's forward takes beside rows of tokens: its vision tower's outputs."""
+    """What a model's forward takes beside rows of tokens: its vision tower's outputs, with a graph
+    only where the tower is trained."""
     if images is None:
         return {}
-    with torch.no_grad():
+    seeing = tower(model)
+    trained = seeing is not None and any(p.requires_grad for p in seeing.parameters())
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
         inner: Any = model.base_model
         seen = inner.get_image_features(images.pixel_values, images.grid_thw, return_dict=True)
         seen.pooler_output = _taken(seen.pooler_output, images)

@@ -30,6 +30,7 @@ from regrpo.config.supervised import PretrainConfig, SFTConfig, SourceConfig
 from regrpo.config.tasks import TaskConfig
 from regrpo.config.train import CANDIDATES, TrainConfig
 from regrpo.config.trigger import TriggerConfig
+from regrpo.config.vision import VisionDemoConfig, VisionPretrainConfig
 
 __all__ = [
     "CANDIDATES",
@@ -61,4 +62,6 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "TriggerConfig",
+    "VisionDemoConfig",
+    "VisionPretrainConfig",
 ]
