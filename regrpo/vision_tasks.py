@@ -1,9 +1,9 @@
 """Tasks over page images that only looking at them solves.
 
 ``scan``: rows of text stand about a page, one of them a number; the question gives the box where
-the number should be. In a share of the tasks (the *trap*) the box has drifted: to a row without
-ink, or by half a line, so that it cuts what stands there. What `crop` observes says that it failed
-and never where the number is: the page has to be looked at again.
+the number should be, and the page is not shown. In a share of the tasks (the *trap*) the box has
+drifted: to a row without ink, or by half a line, so that it cuts what stands there. Then `crop`
+shows the whole page, and no text says where the number is: it has to be looked for.
 
 Everything lies on a grid of ``GRID`` pixels, two cells of the pages' font, which small vision
 towers see as one patch.
