@@ -104,7 +104,7 @@ class ReGRPOAgent:
         question: str,
         workspace: str | Path | None = None,
         on_turn: Callable[[TurnRecord], object] | None = None,
-        images: Sequence[str] = (),
+        images: Sequence[str] | None = None,
     ) -> Trajectory:
         """Works on a question, about the files of a folder.
 
@@ -112,7 +112,8 @@ class ReGRPOAgent:
             workspace: the folder, which tools only read; None for an empty one.
             on_turn: called with every turn as soon as its observation is there.
             images: paths in ``workspace``, shown with the question to a vision-language model. The
-                built-in tools are then `regrpo.tools.VISION_TOOLS`.
+                built-in tools are then `regrpo.tools.VISION_TOOLS`, with no image as well; None
+                for those of text.
 
         Returns:
             The trajectory; its ``answer`` is None if the agent did not come to one, and ``end``
@@ -123,8 +124,10 @@ class ReGRPOAgent:
             ValueError: an image is missing or unreadable, or the model sees none.
         """
         files: Workspace = () if workspace is None else existing_folder(workspace)
-        task = Task("user", "user", question, "", files, (), tuple(images))
-        messages = opening(question, [*self.tools, *self.local_tools], len(images))
+        shown = None if images is None else tuple(images)
+        task = Task("user", "user", question, "", files, (), shown)
+        count = None if shown is None else len(shown)
+        messages = opening(question, [*self.tools, *self.local_tools], count)
         start = Start(task, tuple(messages), images=task_images(task))
         config = self.config
         with LocalEnvironment(

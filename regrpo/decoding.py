@@ -22,13 +22,14 @@ from regrpo.modeling import (
     CausalLM,
     attention,
     base_model,
+    decoder,
     head,
     logit_softcap,
     why_not_packed,
 )
 from regrpo.partial_attention import bias_of, causal_attention, partial_attention, spans
 from regrpo.ragged import FAR, Ragged, join, resumed
-from regrpo.vision import image_inputs
+from regrpo.vision import row_inputs
 
 DECODE = "regrpo_decode"
 ROOM = 32  # new tokens that fit before branches are copied into larger buffers
@@ -142,10 +143,10 @@ class Continuations:
             shown, seen = image_rows(ids, self._images)
             ids = torch.from_numpy(shown).to(self._device)
         inner = base_model(self._model)
-        inputs = image_inputs(inner, None if seen is None else seen.to(self._device))
+        inputs = row_inputs(inner, ids, None if seen is None else seen.to(self._device))
         with attention(self._model, DECODE):
-            output = inner.base_model(
-                input_ids=ids, position_ids=rotary, use_cache=False, continuations=self, **inputs
+            output = decoder(self._model)(
+                position_ids=rotary, use_cache=False, continuations=self, **inputs
             )
         return output.last_hidden_state
 

@@ -78,7 +78,7 @@ def run_stages(config: DemoConfig, names: Sequence[str], jobs: Mapping[str, Job]
         build_workspace(folder, example.workspace)
     console.print(f"{minutes:.1f} minutes; table.png, curves.png and results.json are in {out}")
     console.print("Ask the trained agent about the files of a folder:", style="bold")
-    shown_with = f" --images '{json.dumps(example.images)}'" if example.images else ""
+    shown_with = "" if example.images is None else f" --images '{json.dumps(example.images)}'"
     console.print(
         f"  regrpo run --model {out / 'regrpo' / 'model'} --workspace {folder} "
         f'--task "{example.question}"{shown_with}',

@@ -184,11 +184,13 @@ class ImageRows:
     Attributes:
         pixel_values: float32 [P, D], patches of N different images.
         grid_thw: int64 [N, 3].
-        features: int64 [M], which of the images' merged patches each image token of the rows is.
+        rows: int64 [M], the image tokens among the rows, in their order.
+        features: int64 [M], which of the images' merged patches each of them is.
     """
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
+    rows: torch.Tensor
     features: torch.Tensor
 
     def to(self, device: torch.device | str) -> "ImageRows":
@@ -220,5 +222,6 @@ def image_rows(ids: np.ndarray, images: Mapping[int, Image]) -> tuple[np.ndarray
     return shown, ImageRows(
         torch.cat([image.pixel_values for image in found]),
         torch.tensor([image.grid for image in found]),
+        torch.from_numpy(where),
         torch.from_numpy(features),
     )

@@ -30,7 +30,7 @@ def look(rng: random.Random) -> list[Look]:
         (text, box_at(y // GRID)) for _, y, text in sorted(page.page.lines, key=lambda a: a[1])
     ]
     written = "\n".join(f"{text} in {list(box)}" for text, box in lines)
-    told = str(list(box_at(rng.randrange(ROWS))))
+    told = str(list(box_at(rng.randrange(2 * ROWS - 1) / 2)))
     return [
         (_turns("Write the page.\n<image_00>", written), [data]),
         (_turns("Where is the number?\n<image_00>", str(list(page.box))), [data]),

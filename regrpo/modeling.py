@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,7 +29,7 @@ from regrpo.images import ImageReader
 from regrpo.packing import PackedBatch
 from regrpo.prefix_tree import single_nodes
 from regrpo.tree_attention import AttentionPlan, tree_attention
-from regrpo.vision import image_inputs, load_reader, sees_images, tower, why_no_images
+from regrpo.vision import load_reader, row_inputs, sees_images, tower, why_no_images
 
 PACKED = "regrpo_packed"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -340,19 +341,19 @@ def base_model(model: CausalLM) -> PreTrainedModel:
     return inner
 
 
-def language_side(model: CausalLM) -> PreTrainedModel:
-    """The decoder: a whole language model, or what is behind the vision tower."""
-    inner = base_model(model)
-    decoder = inner if tower(inner) is None else inner.base_model.language_model
-    assert isinstance(decoder, PreTrainedModel)
-    return decoder
+def decoder(model: CausalLM) -> PreTrainedModel:
+    """The layers of a language model, or those behind a vision tower; without the head."""
+    inner: Any = base_model(model).base_model
+    found = inner if tower(base_model(model)) is None else inner.language_model
+    assert isinstance(found, PreTrainedModel)
+    return found
 
 
 @contextlib.contextmanager
 def attention(model: CausalLM, implementation: str) -> Iterator[None]:
     """Runs a block with another attention implementation; inside of one with the same it is free,
     where setting it visits every module."""
-    inner = language_side(model)
+    inner = decoder(model)
     before = inner.config._attn_implementation
     if before == implementation:
         yield
@@ -372,12 +373,11 @@ def hidden_states(model: CausalLM, batch: PackedBatch) -> torch.Tensor:
     nodes = single_nodes(batch.cu_seqlens.tolist()) if batch.tree is None else batch.tree.nodes
     rows = batch if batch.tree is None else batch.tree
     with attention(model, PACKED):
-        output = base_model(model).base_model(
-            input_ids=rows.input_ids[None],
+        output = decoder(model)(
             position_ids=rows.position_ids.unsqueeze(-2),
             use_cache=False,
             plan=AttentionPlan(nodes, rows.input_ids.device),
-            **image_inputs(base_model(model), batch.images),
+            **row_inputs(base_model(model), rows.input_ids[None], batch.images),
         )
     return output.last_hidden_state[0]
 

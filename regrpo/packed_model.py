@@ -24,9 +24,9 @@ from regrpo.modeling import (
     CausalLM,
     attention,
     base_model,
+    decoder,
     head,
     hidden_states,
-    language_side,
     load_model,
 )
 from regrpo.packing import PackedBatch, blank
@@ -104,9 +104,7 @@ class PackedModel(torch.nn.Module):
 
 
 def _layers_to_recompute(model: CausalLM) -> list[GradientCheckpointingLayer]:
-    layers = [
-        m for m in language_side(model).modules() if isinstance(m, GradientCheckpointingLayer)
-    ]
+    layers = [m for m in decoder(model).modules() if isinstance(m, GradientCheckpointingLayer)]
     name = type(base_model(model)).__name__
     if not layers:
         raise NotImplementedError(
@@ -172,7 +170,7 @@ def load_packed(config: SFTConfig | TrainConfig, ranks: Ranks = ALONE) -> Packed
         total = sum(p.detach().double().sum().item() for p in model.parameters())
         ranks.require_same(total, "the sum of the weights")
         if config.parallel == "fsdp":
-            shard(packed, language_side(model), packed.dtype)
+            shard(packed, decoder(model), packed.dtype)
             with torch.no_grad():  # FSDP takes the module that is called first for the root
                 packed(blank().to(base_model(model).device))
             release(packed)

@@ -25,18 +25,20 @@ SYSTEM_PROMPT = system_prompt(signature_text(tool) for tool in TOOLS)
 VISION_PROMPT = system_prompt(signature_text(tool) for tool in VISION_TOOLS)
 
 
-def opening(question: str, tools: Sequence[CustomTool] = (), images: int = 0) -> list[Message]:
+def opening(
+    question: str, tools: Sequence[CustomTool] = (), images: int | None = None
+) -> list[Message]:
     """The turns that open a task.
 
     Args:
-        tools: those beside the built-in ones, which are others where images are shown.
-        images: how many are shown with the question.
+        tools: those beside the built-in ones.
+        images: how many are shown with the question, by tools that see; None for those of text.
     """
-    built_in = VISION_PROMPT if images else SYSTEM_PROMPT
+    built_in = SYSTEM_PROMPT if images is None else VISION_PROMPT
     system = "\n".join([built_in, *(tool.describe() for tool in tools)])
     return [
         {"role": "system", "content": system},
-        {"role": "user", "content": f"Task: {question}{shown_images(images)}"},
+        {"role": "user", "content": f"Task: {question}{shown_images(images or 0)}"},
     ]
 
 

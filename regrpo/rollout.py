@@ -112,8 +112,8 @@ class Trajectory:
 
 def task_start(task: Task) -> Start:
     """Where an episode of a task begins."""
-    images = task_images(task)
-    return Start(task, tuple(opening(task.question, images=len(images))), images=images)
+    count = None if task.images is None else len(task.images)
+    return Start(task, tuple(opening(task.question, images=count)), images=task_images(task))
 
 
 def conversation(

@@ -57,7 +57,8 @@ class Task:
     """A question about a workspace, its answer, and reference steps (the last is ``final_answer``).
 
     A user's task has no steps, and its workspace may be an existing folder. ``images`` are the
-    paths, in the workspace, of what is shown with the question.
+    paths, in the workspace, of what is shown with the question, none or some, where the tools give
+    pictures (`regrpo.tools.VISION_TOOLS`); None where they give text.
     """
 
     id: str
@@ -66,7 +67,7 @@ class Task:
     answer: str
     workspace: tuple[WorkspaceFile, ...] | Path
     steps: tuple[Step, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] | None = None
 
     @property
     def trapped(self) -> bool:
@@ -81,7 +82,7 @@ def task_images(task: Task) -> tuple[bytes, ...]:
         ValueError: an image is not in the workspace, named.
     """
     images = []
-    for path in task.images:
+    for path in task.images or ():
         data = read_image(task.workspace, path)
         if data is None:
             raise ValueError(f"task {task.id}: no image {path!r} in its workspace")
@@ -342,11 +343,11 @@ def generate_tasks(
 
 
 def _task(family: str, seed: int, index: int, scene: _Scene) -> Task:
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] | None = None
     if family in VISION_FAMILIES:
         seen = scan(scene.rng, PAGE, trap=scene.trap())
         scene.files.append(seen.page)
-        question, answer, images = seen.question, str(seen.value), (PAGE,)
+        question, answer, images = seen.question, str(seen.value), ()
         call, asked = (ToolCall("crop", (PAGE, *box)) for box in (seen.box, seen.asked))
         steps = [Step(call) if asked == call else Step(call, asked, "GroundingDrift")]
     else:

@@ -1,12 +1,10 @@
 """Vision-language models of the Qwen-VL family: the language side is trained, the tower is not.
 
 Images come in through the model's own vision tower, under its own attention and without gradients.
-What it makes of them goes to the model as precomputed outputs, so that images computed once serve
-all sequences and branches that show them. Works for models that transformers runs with multimodal
-rotary positions (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+Computed once, an image serves all sequences and branches that show it. Works for models that
+transformers runs with multimodal rotary positions (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,6 @@ def why_no_images(model: PreTrainedModel) -> str | None:
     rope: Any = getattr(model.config.get_text_config(), "rope_parameters", None)
     if "mrope_section" not in (rope or {}):
         return f"{name} has no multimodal rotary positions; expected Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
-    if "mm_encoder_outputs" not in inspect.signature(model.base_model.forward).parameters:
-        return f"{name} takes no encoder outputs; expected transformers 5.20 or later"
     return None
 
 
@@ -79,21 +75,33 @@ def load_reader(
     return ImageReader(processor, opening, token, closing, config.image_token_id)
 
 
-def image_inputs(model: PreTrainedModel, images: ImageRows | None) -> dict[str, Any]:
-    """What a model's forward takes beside rows of tokens: its vision tower's outputs, with a graph
-    only where the tower is trained."""
+def row_inputs(
+    model: PreTrainedModel, input_ids: torch.Tensor, images: ImageRows | None
+) -> dict[str, Any]:
+    """What the decoder takes for rows of tokens [R, n]: their ids, or embeddings with the images in
+    their places.
+
+    The model's own forward would look for its image token, which a policy can sample as text. The
+    tower has a graph only where it is trained.
+    """
     if images is None:
-        return {}
-    seeing = tower(model)
-    trained = seeing is not None and any(p.requires_grad for p in seeing.parameters())
+        return {"input_ids": input_ids}
+    inner: Any = model.base_model
+    trained = any(p.requires_grad for p in inner.visual.parameters())
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-        inner: Any = model.base_model
         seen = inner.get_image_features(images.pixel_values, images.grid_thw, return_dict=True)
-        seen.pooler_output = _taken(seen.pooler_output, images)
-        if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL
-            seen.deepstack_features = [_taken(x, images) for x in seen.deepstack_features]
-    return {"mm_encoder_outputs": {"image": seen}}
+    embedded = model.get_input_embeddings()(input_ids)
+    features = _taken(seen.pooler_output, images).to(embedded.dtype)
+    flat = embedded.flatten(0, 1).index_copy(0, images.rows, features)
+    inputs: dict[str, Any] = {"inputs_embeds": flat.view_as(embedded)}
+    deeper = getattr(seen, "deepstack_features", None)
+    if deeper:  # Qwen3-VL adds features of earlier layers to its first hidden states
+        mask = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        mask[images.rows] = True
+        inputs["visual_pos_masks"] = mask.view(input_ids.shape)
+        inputs["deepstack_visual_embeds"] = [_taken(x, images) for x in deeper]
+    return inputs
 
 
-def _taken(parts: tuple[torch.Tensor, ...], images: ImageRows) -> tuple[torch.Tensor, ...]:
-    return (torch.cat(list(parts)).index_select(0, images.features),)
+def _taken(parts: tuple[torch.Tensor, ...], images: ImageRows) -> torch.Tensor:
+    return torch.cat(list(parts)).index_select(0, images.features)

@@ -1,9 +1,9 @@
 """Tasks over page images that only looking at them solves.
 
 ``scan``: rows of text stand about a page, one of them a number; the question gives the box where
-the number should be. In a share of the tasks (the *trap*) the box has drifted: to a row without
-ink, or by half a line, so that it cuts what stands there. What `crop` observes says that it failed
-and never where the number is: the page has to be looked at again.
+the number should be, and the page is not shown. In a share of the tasks (the *trap*) the box has
+drifted: to a row without ink, or by half a line, so that it cuts what stands there. Then `crop`
+shows the whole page, and no text says where the number is: it has to be looked for.
 
 Everything lies on a grid of ``GRID`` pixels, two cells of the pages' font, which small vision
 towers see as one patch.
@@ -21,9 +21,10 @@ WORDS = ("ash", "bay", "elm", "fig", "fir", "gum", "oak", "yew")
 NUM_WORDS = 2
 
 
-def box_at(row: int) -> Box:
-    """Where the text of a row stands."""
-    return (GRID, row * GRID, 3 * GRID, (row + 1) * GRID)
+def box_at(row: float) -> Box:
+    """Where the text of a row stands; halves are between rows."""
+    top = round(row * GRID)
+    return (GRID, top, 3 * GRID, top + GRID)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ def scan(rng: random.Random, path: str, *, trap: bool) -> Scan:
     lines = tuple((GRID, GRID * row + 1, text) for row, text in zip(rows, texts, strict=True))
     box = asked = box_at(rows[0])
     if trap:
-        empty = [GRID * (row - rows[0]) for row in range(ROWS) if row not in rows]
-        half = [s for s in (-GRID // 2, GRID // 2) if 0 <= box[1] + s <= (ROWS - 1) * GRID]
-        shift = rng.choice(half if rng.random() < 0.25 else empty)
-        asked = (box[0], box[1] + shift, box[2], box[3] + shift)
+        half = [row for row in (rows[0] - 0.5, rows[0] + 0.5) if 0 <= row <= ROWS - 1]
+        empty = [row for row in range(ROWS) if row not in rows]
+        asked = box_at(rng.choice(half if rng.random() < 0.25 else empty))
     return Scan(PageFile(path, (COLUMNS * GRID, ROWS * GRID), lines), value, box, asked)

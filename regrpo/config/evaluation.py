@@ -68,7 +68,8 @@ class RunConfig:
         task: the question.
         model: Hugging Face name or path.
         workspace: folder with the files; tools only read it.
-        images: paths in the workspace, shown with the question to a vision-language model.
+        images: paths in the workspace, shown with the question to a vision-language model, whose
+            tools then give pictures; [] shows none at first. null is for models of text.
         reflect: open a reflection block after a typed failure.
         trigger: what else opens one.
         temperature: 0 is greedy.
@@ -83,7 +84,7 @@ class RunConfig:
     task: str
     model: str = "runs/demo/regrpo/model"
     workspace: str = "runs/demo/workspace"
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] | None = None
     reflect: bool = True
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
     temperature: float = 0.0

@@ -56,6 +56,6 @@ class VisionDemoConfig(DemoConfig):
     out: str = "runs/vision-demo"
     pretrain_steps: int = 450
     data_tasks: int = 1200
-    sft_steps: int = 100
+    sft_steps: int = 150
     rl_steps: int = 40
     eval_tasks: int = 200

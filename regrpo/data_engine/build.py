@@ -80,8 +80,9 @@ class Demonstration:
     ) -> "Conversation":
         """See ``messages``; with the images that it shows."""
         by_step = {f.step: f for f in failures}
-        images = list(task_images(self.task))
-        told = Conversation(opening(self.task.question, images=len(images)), images)
+        shown = self.task.images
+        opened = opening(self.task.question, images=None if shown is None else len(shown))
+        told = Conversation(opened, list(task_images(self.task)))
         steps = list(zip(self.task.steps, self.observations, strict=True))
         for index, (step, observation) in enumerate(steps[:until]):
             failure = by_step.get(index)
@@ -156,11 +157,12 @@ def demonstrate(
     requests, plan = [], []
     for task in tasks:
         rng = random.Random(f"{seed}-{task.id}")
+        tools = TOOLS if task.images is None else VISION_TOOLS
         candidates = [
             (index, error_type, call)
             for index, step in enumerate(task.steps)
             for error_type, call in near_misses(
-                step, rng, non_commit=non_commit, tools=VISION_TOOLS if task.images else TOOLS
+                step, rng, non_commit=non_commit, tools=tools
             ).items()
         ]
         plan.append(candidates)
@@ -205,7 +207,7 @@ def _case(demo: Demonstration, step: int, error_type: str, call: ToolCall, text:
         corrected,
         task.workspace,
         seen,
-        looking=bool(task.images),
+        looking=task.images is not None,
     )
 
 

@@ -25,7 +25,7 @@ def crop(
     """See the pixels x0 <= x < x1, y0 <= y < y1 of an image, whose dark pixels are ink.
 
     A box without any ink is an empty observation, and one whose edge cuts through ink an error;
-    both come with the picture all the same.
+    both show the whole image instead, to look where the ink is.
     """
     try:
         data = read_inside(root, page)
@@ -40,16 +40,15 @@ def crop(
         _require_inside(box, whole.size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return failure(error)
-    picture = _png(whole.crop(box))
     ink = whole.convert("L").point(lambda level: 255 if level < 128 else 0)
     where = f"{list(box)} of {whole.width} x {whole.height} pixels"
     if ink.crop(box).getbbox() is None:
-        return Observation(f"(no ink in {where})", Status.EMPTY, picture)
+        return Observation(f"(no ink in {where})", Status.EMPTY, _png(whole))
     edges = [name for name, line in _edges(box).items() if _crosses(ink, *line)]
     if edges:
         cut = CutError(f"ink crosses the {' and '.join(edges)} of {where}")
-        return Observation(failure(cut).text, Status.ERROR, picture)
-    return Observation(f"part of {page}", Status.OK, picture)
+        return Observation(failure(cut).text, Status.ERROR, _png(whole))
+    return Observation(f"part of {page}", Status.OK, _png(whole.crop(box)))
 
 
 def _require_inside(box: Box, size: tuple[int, int]) -> None:

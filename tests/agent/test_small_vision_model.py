@@ -14,11 +14,12 @@ from regrpo.config import VisionDemoConfig, VisionPretrainConfig
 from regrpo.images import read_images
 from regrpo.looking import look, tokenized
 from regrpo.modeling import load_image_reader, load_model, load_tokenizer
-from regrpo.tasks import VISION_FAMILIES, generate_tasks, task_images
+from regrpo.tasks import VISION_FAMILIES, generate_tasks
 from regrpo.tools.page import read_region
 from regrpo.vision_pretrain import run_vision_pretrain
 from regrpo.vision_recipe import SHOWN, stages
 from regrpo.vision_tasks import GRID, WORDS, box_at
+from regrpo.workspace import read_image
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_numbers_on_pages_are_digits_and_coordinates_are_tokens(base):
 def test_the_processor_keeps_every_pixel(base):
     reader = load_image_reader(base[1], load_tokenizer(base[1]))
     (task,) = generate_tasks(1, seed=0, families=VISION_FAMILIES)
-    (data,) = task_images(task)
+    data = read_image(task.workspace, "page.png")
     image = reader.read(data, "page")
     with Image.open(io.BytesIO(data)) as page:
         width, height = page.size

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,17 @@ from regrpo.rollout import task_start
 from regrpo.segments import tokenize_conversation
 from regrpo.sft import run_sft
 from regrpo.small_model import build_tokenizer, render_template
-from regrpo.tasks import FAMILIES, VISION_FAMILIES, generate_tasks, task_images
+from regrpo.tasks import FAMILIES, VISION_FAMILIES, generate_tasks
 from regrpo.tools import Status
 from regrpo.tools.page import read_region
+from regrpo.workspace import read_image
 
 CONFIG_FILES = Path(__file__).parents[2] / "configs"
 TASKS = generate_tasks(40, seed=3, families=VISION_FAMILIES)
+
+
+def page_of(task):
+    return read_image(task.workspace, "page.png")
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +55,12 @@ def shown(environment):
 def test_text_tasks_are_not_among_them():
     assert not set(VISION_FAMILIES) & set(FAMILIES)
     assert TaskConfig().families == tuple(FAMILIES)
-    assert all(not task.images for task in generate_tasks(16, seed=0))
+    assert all(task.images is None for task in generate_tasks(16, seed=0))
 
 
 def test_the_answer_is_what_the_page_says_at_the_box(tmp_path, shown):
     for demo in shown:
-        (data,) = task_images(demo.task)
-        (tmp_path / "page.png").write_bytes(data)
+        (tmp_path / "page.png").write_bytes(page_of(demo.task))
         step = demo.task.steps[0]
         assert read_region(tmp_path, *step.call.args).text == demo.task.answer
         assert demo.observations[0].status is Status.OK
@@ -92,7 +97,7 @@ def test_records_name_their_images(environment, tmp_path):
                     m["content"] for m in record["conversations"] if placeholder in m["content"]
                 ]
                 assert len(turns) == 1
-    assert any(len(record["image"]) == 3 for record in corpus.rot)
+    assert any(len(record["image"]) == 2 for record in corpus.rot)
 
 
 def test_a_build_that_was_stopped_goes_on_with_its_pictures(environment, tmp_path):
@@ -123,17 +128,18 @@ def test_a_build_that_was_stopped_goes_on_with_its_pictures(environment, tmp_pat
 
 def test_states_show_the_page_and_what_was_seen(shown):
     starts = local_starts(shown, random.Random(0), forced_share=0.6)
-    assert {len(s.images) for s in starts} >= {1, 2}
+    assert {len(s.images) for s in starts} >= {0, 1, 2}
     for start in starts:
         text = "\n".join(m["content"] for m in start.messages)
-        assert "<image_00>" in text
         pictures = ("(no ink in", "CutError", "part of page.png")
-        assert ("<image_01>" in text) == any(told in text for told in pictures)
-    begin = task_start(TASKS[0])
-    assert begin.images == task_images(TASKS[0])
-    assert begin.messages[1]["content"].endswith("\n<image_00>")
+        assert ("<image_00>" in text) == any(told in text for told in pictures)
+    assert task_start(TASKS[0]).images == ()
+    assert "crop(page: str" in task_start(TASKS[0]).messages[0]["content"]
+    whole = replace(TASKS[0], images=("page.png",))
+    assert task_start(whole).images == (page_of(whole),)
+    assert task_start(whole).messages[1]["content"].endswith("\n<image_00>")
     for group in contrastive_groups(shown, random.Random(0)):
-        assert group.start.images[0] == task_images(group.start.task)[0]
+        assert len(group.start.images) == group.start.step
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +206,7 @@ def page(tmp_path):
     """A folder of a user's with a page and a broken one."""
     folder = tmp_path / "desk"
     folder.mkdir()
-    (folder / "page.png").write_bytes(task_images(TASKS[0])[0])
+    (folder / "page.png").write_bytes(page_of(TASKS[0]))
     (folder / "broken.png").write_bytes(b"no image")
     return folder
 
