@@ -97,7 +97,7 @@ def plot_table(reports: Mapping[str, Report], path: Path, note: str) -> None:
             label=COLUMNS[column],
         )
     bars.set_xticks(range(len(reports)), list(reports))
-    bars.set_ylim(0, 105)
+    bars.set_ylim(0, 118)  # room for the legend
     bars.grid(axis="y", alpha=0.3)
     bars.legend(frameon=False, ncols=len(shown), loc="upper left")
     table.axis("off")
