@@ -18,7 +18,7 @@ from regrpo.report import transcript
 from regrpo.rollout import Policy, Trajectory, TurnRecord, run, same_answer, task_start
 from regrpo.sampling import LocalPolicy
 from regrpo.server_policy import ServerPolicy
-from regrpo.tasks import FAMILIES, SERIAL_FAMILIES
+from regrpo.tasks import FAMILIES, SERIAL_FAMILIES, VISION_FAMILIES
 from regrpo.trigger import Clause
 
 
@@ -104,7 +104,8 @@ class Report:
             the confidence clause fired; of nothing where it is off.
         miss_confidence: of the wrong steps that the failure clause let pass, those on which neither
             fired; of nothing where the confidence clause is off.
-        families: the same by task family, in the order of `regrpo.tasks.FAMILIES`.
+        families: the same by task family, in the order of `regrpo.tasks.FAMILIES`, then
+            `VISION_FAMILIES`.
     """
 
     success: Rate
@@ -171,7 +172,7 @@ def _as_reference(demo: Demonstration, turn: TurnRecord) -> bool:
     if turn.step >= len(demo.observations):
         return False
     given, expected = turn.observation, demo.observations[turn.step]
-    return given.status is expected.status and same_answer(given.text, expected.text)
+    return given.status is expected.status and same_answer(given.identity, expected.identity)
 
 
 def _trigger_rates(episodes: Sequence[Pair], trigger: TriggerConfig) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def evaluate(
                 [pair for pair in pairs if pair[0].task.family == family],
                 [t for t in forced if t.start.task.family == family],
             )
-            for family in FAMILIES
+            for family in (*FAMILIES, *VISION_FAMILIES)
             if family in present
         },
     )

@@ -13,19 +13,22 @@ to cite.
 
 **Executing again** takes a record whose ``regrpo.provenance`` is ``executed`` and that names its
 files (``regrpo.workspace``). Every call must give the observation that follows it in the
-conversation, the failed action must fail and the corrected action succeed.
+conversation, and the pixels of the picture that stands behind it if one does; the failed action
+must fail and the corrected action succeed.
 """
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from regrpo import provenance
 from regrpo.config import DataVerifyConfig
 from regrpo.data_engine.exchange import Report, read_files
 from regrpo.data_engine.recorded import answered, code_of, normal_code, observation
 from regrpo.environment import Environment, LocalEnvironment
+from regrpo.image_files import PLACEHOLDER, opened, readable_image, without_placeholders
 from regrpo.records import REFLECTION, Record
 from regrpo.tool_calls import ERROR_TYPES, reflection_span
 from regrpo.tools import Observation, Status
@@ -248,10 +251,25 @@ def check_evidence(records: Sequence[tuple[str, Record]], max_share: float) -> I
             yield Problem(where, record["id"], "no rare span", message)
 
 
-def _requests(record: Record) -> list[tuple[str, str, str | None]]:
-    """What to run: (what it is, the turn, the observation expected or None)."""
-    requests: list[tuple[str, str, str | None]] = [
-        (f"turn {index}", turn, observation(after).text)
+@dataclass(frozen=True)
+class _Expected:
+    """What a turn is recorded to observe: the text as it is shown, and the picture's file."""
+
+    text: str
+    picture: str | None
+
+
+def _expected(record: Record, content: str) -> _Expected:
+    text, files = observation(content).text, record.get("image")
+    before, _, last = text.rpartition("\n")
+    picture = files.get(last) if PLACEHOLDER.fullmatch(last) and isinstance(files, dict) else None
+    return _Expected(before, picture) if isinstance(picture, str) else _Expected(text, None)
+
+
+def _requests(record: Record) -> list[tuple[str, str, _Expected | None]]:
+    """What to run: (what it is, the turn, what it is expected to observe or None)."""
+    requests: list[tuple[str, str, _Expected | None]] = [
+        (f"turn {index}", turn, _expected(record, after))
         for index, turn, after in answered(record["conversations"])
     ]
     meta = record.get("rot_meta")
@@ -275,9 +293,13 @@ def executable(record: Record) -> bool:
 
 
 def check_execution(
-    environment: Environment, records: Sequence[tuple[str, Record]]
+    environment: Environment, records: Sequence[tuple[str, Record]], folder: Path
 ) -> Iterator[Problem]:
-    """Runs the calls of executed records again."""
+    """Runs the calls of executed records again.
+
+    Args:
+        folder: of the data file, to which the paths of pictures are relative.
+    """
     ready = []
     for where, record in records:
         if not executable(record):
@@ -297,9 +319,9 @@ def check_execution(
                 except ValueError as error:
                     yield Problem(one[0], one[1]["id"], "workspace", _one_line(error))
                 else:
-                    yield from _compare([one], results)
+                    yield from _compare([one], results, folder)
         else:
-            yield from _compare(batch, results)
+            yield from _compare(batch, results, folder)
 
 
 def _one_line(error: Exception) -> str:
@@ -310,20 +332,43 @@ def _run(environment: Environment, batch: Sequence[_Ready]) -> list[Observation]
     return environment.execute([(f, text) for _, r, f in batch for _, text, _ in _requests(r)])
 
 
-def _compare(batch: Sequence[_Ready], observations: Sequence[Observation]) -> Iterator[Problem]:
+def _compare(
+    batch: Sequence[_Ready], observations: Sequence[Observation], folder: Path
+) -> Iterator[Problem]:
     results = iter(observations)
     for where, record, _ in batch:
         for what, _, expected in _requests(record):
             seen = next(results)
             wrong = None
-            if expected is not None and seen.text != expected:
-                wrong = f"{what} gives {seen.text[:60]!r}, not {expected[:60]!r}"
+            if expected is not None:
+                wrong = _difference(seen, expected, folder)
+                wrong = wrong and f"{what} {wrong}"
             elif what == "failed action" and seen.status is Status.OK:
                 wrong = f"the failed action succeeds: {seen.text[:60]!r}"
             elif what == "corrected action" and seen.status is not Status.OK:
                 wrong = f"the corrected action fails: {seen.text[:60]!r}"
             if wrong is not None:
                 yield Problem(where, record["id"], "executed again", wrong)
+
+
+def _difference(seen: Observation, expected: _Expected, folder: Path) -> str | None:
+    """What an observation has that the recorded one has not; None for the same."""
+    text = without_placeholders(seen.text)
+    if text != expected.text:
+        return f"gives {text[:60]!r}, not {expected.text[:60]!r}"
+    if expected.picture is None:
+        return None if seen.image is None else "shows a picture, and the record none"
+    recorded = readable_image(folder / expected.picture)
+    if recorded is None:
+        return f"has no picture at {expected.picture}"
+    if seen.image is None or _pixels(seen.image) != _pixels(recorded):
+        return f"shows another picture than {expected.picture}"
+    return None
+
+
+def _pixels(data: bytes) -> tuple[tuple[int, int], bytes]:
+    with opened(data) as file:
+        return file.size, file.convert("RGB").tobytes()
 
 
 def check_ids(records: Sequence[tuple[str, Record]]) -> Iterator[Problem]:
@@ -354,7 +399,9 @@ def verify_files(config: DataVerifyConfig) -> Report:
     ran = sum(map(executable, executed)) if config.execute else 0
     if ran:
         with LocalEnvironment() as environment:
-            problems += check_execution(environment, records)
+            for path, found in reading.records.items():
+                places = list(zip(reading.places[path], found, strict=True))
+                problems += check_execution(environment, places, Path(path).parent)
     place = {where: index for index, (where, _) in enumerate(records)}
     problems.sort(key=lambda problem: place[problem.where])
     unread = [*reading.missing, *reading.skipped]

@@ -37,9 +37,9 @@ def state_key(start: Start) -> str:
 def pack(t: Trajectory) -> Entry:
     """A trajectory as plain data, for a checkpoint."""
     turns = [
-        [r.step, r.text, seen.text, seen.status.value, r.correction, r.reflection_tokens]
+        [r.step, r.text, [o.text, o.status.value, o.image], r.correction, r.reflection_tokens]
         for r in t.turns
-        for seen in [r.observation]
+        for o in [r.observation]
     ]
     return {
         "key": state_key(t.start),
@@ -54,8 +54,8 @@ def pack(t: Trajectory) -> Entry:
 def unpack(entry: Entry, start: Start) -> Trajectory:
     """The trajectory again, from the state that it started in."""
     turns = [
-        TurnRecord(step, text, Observation(seen, Status(status)), correction, reflection)
-        for step, text, seen, status, correction, reflection in entry["turns"]
+        TurnRecord(step, text, Observation(seen, Status(status), image), correction, reflection)
+        for step, text, (seen, status, image), correction, reflection in entry["turns"]
     ]
     tokens = TokenizedTrajectory()
     for name, values in entry["tokens"].items():

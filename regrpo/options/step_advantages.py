@@ -29,7 +29,7 @@ def anchor_states(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> 
         for turn in t.turns:
             state = (group, turn.step, turn.correction, seen)
             states.append(ids.setdefault(state, len(ids)))
-            seen = turn.observation.text
+            seen = turn.observation.identity
     return states
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from regrpo.tools.observation import Observation, Status, failure
-from regrpo.tools.page import MAX_PIXELS
+from regrpo.tools.page import MAX_PIXELS, NamedBytes
 from regrpo.tools.parameters import Coordinate, PathText
 from regrpo.tools.paths import path_failure, read_inside
 
@@ -33,7 +33,7 @@ def crop(
         return path_failure(root, page, error)
     box = (x0, y0, x1, y1)
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(NamedBytes(data, page)) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"{page} has {file.width} x {file.height} pixels")
             whole = file.convert("RGB")

@@ -26,7 +26,7 @@ class _Page:
 _pages: LRU[bytes, _Page] = LRU(64)
 
 
-class _NamedBytes(io.BytesIO):
+class NamedBytes(io.BytesIO):
     """Bytes whose repr, which Pillow puts into its errors, is the path as the model gave it."""
 
     def __init__(self, data: bytes, name: str) -> None:
@@ -58,7 +58,7 @@ def read_region(
 
 
 def _decode(data: bytes, name: str) -> _Page:
-    with Image.open(_NamedBytes(data, name), formats=("PNG",)) as file:
+    with Image.open(NamedBytes(data, name), formats=("PNG",)) as file:
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"page has {file.width} x {file.height} pixels, over {MAX_PIXELS}")
         image = file.convert("L").point(lambda level: 255 if level >= 128 else 0).convert("1")

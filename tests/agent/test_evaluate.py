@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,16 +13,17 @@ from regrpo.evaluate import Rate, evaluate, rate, run_eval
 from regrpo.prompts import REFLECTION_OPENER
 from regrpo.sampling import Sample
 from regrpo.segments import ChatFormat
-from regrpo.tasks import FAMILIES, SERIAL_FAMILIES, generate_tasks
+from regrpo.tasks import FAMILIES, SERIAL_FAMILIES, VISION_FAMILIES, generate_tasks
 from regrpo.tool_calls import Reflection, ToolCall, Turn
+from regrpo.vision_tasks import GRID
 
 
 class Oracle:
     """Acts from the task's reference: walks into its traps, then repairs as it is told to.
 
     Args:
-        repair: "right", "wrong" (fails again), "other" (works, but is not what was asked) or "last"
-            (what the last step of the reference calls).
+        repair: "right", "wrong" (fails again), "other" (works, but is not what was asked), "last"
+            (what the last step of the reference calls) or "word" (crops another text of the page).
         needless: writes a reflection on every turn.
     """
 
@@ -54,6 +56,7 @@ class Oracle:
                 "wrong": ToolCall("read_file", ("nothing.txt",)),
                 "other": ToolCall("calculator", ("1 + 1",)),
                 "last": demo.task.steps[-1].call,
+                "word": _crop_of_a_word(demo.task) if self.repair == "word" else None,
             }[self.repair]
             text = Turn(reflection, "?", call).render()
             if turns[-1].startswith(REFLECTION_OPENER):
@@ -68,6 +71,12 @@ class Oracle:
         """Without an opener, a failure shows in the observation."""
         marks = r"Error: |\(empty region\)|no results|\(no rows\)"
         return len(turns) > 1 and bool(re.search(marks, turns[-2]))
+
+
+def _crop_of_a_word(task):
+    (page,) = task.workspace
+    x, y = next((x, y) for x, y, text in page.lines if text != task.answer)
+    return ToolCall("crop", (page.path, x, y - 1, x + 2 * GRID, y - 1 + GRID))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +223,22 @@ def test_what_another_step_observes_is_no_recovery(tokenizer, environment, held_
     ]
     assert report.recovery_own == rate(same)
     assert report.recovery_own.percent < 20
+
+
+@pytest.mark.parametrize(("repair", "percent"), [("right", 100), ("word", 0)])
+def test_a_crop_of_something_else_is_no_recovery(tokenizer, environment, repair, percent):
+    """All crops that work have the same text: what they show tells them apart."""
+    tasks = generate_tasks(60, seed=77, families=VISION_FAMILIES)
+    asked_once = list({t.question: t for t in tasks}.values())
+    # The oracle reads text alone; forced near-misses would show it pages.
+    demonstrations = [
+        replace(d, failures=()) for d in demonstrate(environment, asked_once, seed=0)[0]
+    ]
+    policy = Oracle(tokenizer, demonstrations, repair=repair)
+    report, _ = evaluate(policy, environment, demonstrations, reflect=True)
+    assert report.recovery_own.percent == percent
+    assert report.recovery_own.count == sum(t.trapped for t in asked_once) > 3
+    assert report.families["scan"].recovery_own == report.recovery_own
 
 
 def test_needless_reflections_are_counted(tokenizer, environment, held_out):

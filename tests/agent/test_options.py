@@ -1,6 +1,7 @@
 """Options from neighbouring work: each formula against plain arithmetic."""
 
 import copy
+import io
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from PIL import Image
 from runs import metrics_of, rl_config, same, state_of
 
 from regrpo.advantages import advantages_of, choose, group_ids
@@ -26,9 +28,10 @@ from regrpo.options.refinements import join_refinements, shaped_slope
 from regrpo.options.replay import join_replays, pack, unpack
 from regrpo.options.resampling import collapsed, resample
 from regrpo.options.segment_ratios import segment_bounds
-from regrpo.options.step_advantages import spread_over_tokens, step_advantages
+from regrpo.options.step_advantages import anchor_states, spread_over_tokens, step_advantages
 from regrpo.packing import collate
 from regrpo.prompts import REFLECTION_OPENER, opening
+from regrpo.rewards import verifier_scores
 from regrpo.rl import run_rl, update
 from regrpo.rollout import Trajectory, TurnRecord, run
 from regrpo.sampling import Sample
@@ -71,6 +74,16 @@ def trajectory(success, *turns, seed=0, start=START):
         status = Status.OK if success and index == len(turns) - 1 else Status.ERROR
         t.turns.append(TurnRecord(0, f"turn {index}", Observation("o", status), index > 0, 0))
     return t
+
+
+def png(level):
+    """A picture with one spot, whose left half is of a grey level."""
+    picture = Image.new("L", (8, 8), 255)
+    picture.paste(0, (2, 2, 6, 6))
+    picture.paste(level, (2, 2, 4, 6))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 A, R = Segment.ACTION, Segment.REFLECTION
@@ -257,6 +270,17 @@ def test_turns_in_the_same_state_are_compared():
         ],
         abs=1e-6,
     )
+
+
+def test_states_behind_different_pictures_differ():
+    texts = ["part of page.png", "end"]
+    trajectories = [episode([(0, False), (1, False)], texts) for _ in range(3)]
+    for t, level in zip(trajectories, (0, 90, 0), strict=True):
+        seen = t.turns[0].observation
+        picture = replace(seen, image=png(level))
+        t.turns[0] = replace(t.turns[0], observation=picture)
+    states = anchor_states(trajectories, [0, 0, 0])
+    assert states[1] == states[5] != states[3]
 
 
 def test_a_turns_advantage_goes_to_its_tokens():
@@ -491,6 +515,17 @@ def test_a_trajectory_is_the_same_after_a_checkpoint(tmp_path):
     entry = torch.load(tmp_path / "x.pt", weights_only=True)["extra"]
     assert unpack(entry, START) == replace(t, origin="replay")
     json.dumps(entry)
+
+
+def test_a_trajectory_keeps_what_it_saw_through_a_checkpoint(tmp_path):
+    t = trajectory(True, *LONG)
+    seen = replace(t.turns[-1].observation, image=png(0))
+    t.turns[-1] = replace(t.turns[-1], observation=seen)
+    start = replace(START, expected=seen.identity)
+    torch.save(pack(replace(t, start=start)), tmp_path / "x.pt")
+    replayed = unpack(torch.load(tmp_path / "x.pt", weights_only=True), start)
+    assert replayed.turns[-1].observation == seen
+    assert verifier_scores(replayed)["answer"] == 1.0
 
 
 def test_replays_join_collapsed_groups_of_their_state():

@@ -4,12 +4,18 @@ import copy
 import json
 
 import pytest
+from PIL import Image
 from recorded_corpora import act, clean, mat, rot, seen
 
 from regrpo.cli import main
-from regrpo.config import DataVerifyConfig
+from regrpo.config import DataConfig, DataVerifyConfig, TaskConfig
+from regrpo.data_engine.build import write_corpora
 from regrpo.data_engine.verify import check_evidence, check_execution, shared_runs, verify_files
-from regrpo.records import write_records
+from regrpo.prompts import observation_turn, thought
+from regrpo.records import read_records, write_records
+from regrpo.tasks import VISION_FAMILIES
+from regrpo.tool_calls import ToolCall, Turn
+from regrpo.workspace import TextFile, file_to_dict
 
 
 def changed(**paths):
@@ -178,15 +184,15 @@ def test_shared_runs():
     assert shared_runs([], ["a"]) == set()
 
 
-def test_what_was_executed_is_executed_again(corpus, environment):
+def test_what_was_executed_is_executed_again(corpus, environment, tmp_path):
     records = json.loads(json.dumps([*corpus.rot[:8], *corpus.success[:8]]))
     places = [(str(i), r) for i, r in enumerate(records)]
-    assert list(check_execution(environment, places)) == []
+    assert list(check_execution(environment, places, tmp_path)) == []
 
     def problems(change):
         record = copy.deepcopy(records[0])
         change(record)
-        found = list(check_execution(environment, [("here", record), *places[1:]]))
+        found = list(check_execution(environment, [("here", record), *places[1:]], tmp_path))
         assert {p.where for p in found} <= {"here"}
         return [f"{p.check}: {p.message}" for p in found]
 
@@ -224,6 +230,57 @@ def test_what_was_executed_is_executed_again(corpus, environment):
         (line,) = problems(lambda record, files=files: record["regrpo"].update(workspace=files))
         assert line.startswith("workspace: ")
         assert expected in line
+
+
+def test_pictures_are_executed_again(environment, tmp_path):
+    tasks = TaskConfig(seed=3, families=VISION_FAMILIES)
+    write_corpora(DataConfig(str(tmp_path), count=30, tasks=tasks), environment)
+    files = [tmp_path / f"{name}.jsonl" for name in ("success", "rot")]
+    for path in files:
+        records = [(str(i), r) for i, r in enumerate(read_records(path))]
+        assert any(len(r["image"]) == 2 for _, r in records) == (path.stem == "rot")
+        assert list(check_execution(environment, records, tmp_path)) == []
+    record = read_records(files[1])[0]
+    last = list(record["image"])[-1]
+    name = record["image"][last]
+
+    def problems(record):
+        found = list(check_execution(environment, [("here", record)], tmp_path))
+        return [f"{p.check}: {p.message}" for p in found]
+
+    path = tmp_path / name
+    with Image.open(path) as picture:
+        width, height = picture.size
+        picture.convert("RGB").save(path, format="PNG", compress_level=9)
+    assert problems(record) == [], "the same pixels in another file"
+    Image.new("RGB", (width, height), "white").save(path)
+    (line,) = problems(record)
+    assert line.endswith(f"shows another picture than {name}")
+    for content in (b"no picture", None):
+        path.write_bytes(content) if content else path.unlink()
+        (line,) = problems(record)
+        assert line.endswith(f"has no picture at {name}")
+    unshown = copy.deepcopy(record)
+    for message in unshown["conversations"]:
+        message["content"] = message["content"].replace(f"\n{last}", "")
+    (line,) = problems(unshown)
+    assert line.endswith("shows a picture, and the record none")
+
+
+def test_text_that_looks_like_a_placeholder_is_executed_again(environment, tmp_path):
+    files = (TextFile("oak.txt", "see <image_00>"),)
+    call = Turn(None, thought("read_file"), ToolCall("read_file", ("oak.txt",))).render()
+    (seen,) = environment.execute([(files, call)])
+    record = clean("a") | {
+        "image": {"<image_00>": "none.png"},
+        "conversations": [
+            {"role": "user", "content": "Task: What is in oak.txt?"},
+            {"role": "assistant", "content": call},
+            {"role": "user", "content": observation_turn(0, seen.text)},
+        ],
+        "regrpo": {"provenance": "executed", "workspace": [file_to_dict(f) for f in files]},
+    }
+    assert list(check_execution(environment, [("here", record)], tmp_path)) == []
 
 
 def test_the_commands_on_files_that_are_good_bad_and_missing(corpus, tmp_path, capsys):
