@@ -182,16 +182,12 @@ def _with_images(
     tree: PrefixTree | None,
 ) -> tuple[torch.Tensor, ImageRows | None, PrefixTree | None]:
     """Keys of images become the model's tokens, of the batch and of its tree."""
-    shown, seen = image_rows(ids.numpy(), images)
+    shown, seen = image_rows((ids if tree is None else tree.input_ids).numpy(), images)
+    rows = torch.from_numpy(shown)
     if tree is None:
-        return torch.from_numpy(shown), seen, None
-    computed, seen = image_rows(tree.input_ids.numpy(), images)
-    tree = replace(
-        tree,
-        input_ids=torch.from_numpy(computed),
-        position_ids=positions[:, tree.tokens],
-    )
-    return torch.from_numpy(shown), seen, tree
+        return rows, seen, None
+    tree = replace(tree, input_ids=rows, position_ids=positions[:, tree.tokens])
+    return rows[tree.source], seen, tree
 
 
 def blank() -> PackedBatch:
