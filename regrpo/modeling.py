@@ -341,12 +341,11 @@ def base_model(model: CausalLM) -> PreTrainedModel:
     return inner
 
 
-def decoder(model: CausalLM) -> PreTrainedModel:
-    """The layers of a language model, or those behind a vision tower; without the head."""
+def decoder(model: CausalLM) -> Any:
+    """The layers of a language model, or those behind a vision tower, without the head: a
+    ``PreTrainedModel``, whose parts are not typed."""
     inner: Any = base_model(model).base_model
-    found = inner if tower(base_model(model)) is None else inner.language_model
-    assert isinstance(found, PreTrainedModel)
-    return found
+    return inner if tower(base_model(model)) is None else inner.language_model
 
 
 @contextlib.contextmanager

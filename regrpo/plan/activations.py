@@ -21,12 +21,12 @@ from typing import Any
 
 from torch import nn
 
+from regrpo.modeling import decoder
 from regrpo.plan.model import (
     ATTENTION,
     GATED,
     CausalLM,
     Precision,
-    decoder,
     head_dim,
     key_heads,
     linears,

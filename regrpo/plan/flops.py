@@ -22,11 +22,10 @@ rotations, softmax, the optimizer) is left out.
 
 from dataclasses import dataclass
 
-from regrpo.modeling import head
+from regrpo.modeling import decoder, head
 from regrpo.plan.model import (
     CausalLM,
     RunConfig,
-    decoder,
     head_dim,
     linear_numel,
     linears,

@@ -24,7 +24,7 @@ from torch import nn
 
 from regrpo.config import PlanConfig, SFTConfig
 from regrpo.decoding import ROOM
-from regrpo.modeling import head
+from regrpo.modeling import decoder, head
 from regrpo.plan.activations import (
     image_bytes,
     in_flight,
@@ -39,7 +39,6 @@ from regrpo.plan.model import (
     Precision,
     RunConfig,
     adapted,
-    decoder,
     linear_numel,
     linears,
     numel,

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from regrpo.config import SFTConfig, TrainConfig
-from regrpo.modeling import CausalLM, base_model, new_adapter
+from regrpo.modeling import CausalLM, base_model, freeze_tower, new_adapter
+from regrpo.vision import tower
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -80,8 +81,7 @@ def build_on_meta(run: RunConfig, model_config: str | None = None) -> CausalLM:
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(config)
         _require_known_layers(model)
-        if vision_tower(model) is not None:
-            vision_tower(model).requires_grad_(False)
+        freeze_tower(model)
         folder = Path(run.model)
         if model_config is None and (folder / "adapter_config.json").exists():
             saved = PeftConfig.from_pretrained(str(folder))
@@ -93,7 +93,8 @@ def build_on_meta(run: RunConfig, model_config: str | None = None) -> CausalLM:
 
 
 def _require_known_layers(model: PreTrainedModel) -> None:
-    for layer in getattr(decoder(model), "layers", [nn.Module()]):
+    # Of any architecture: also of those that have a decoder inside their base model (OPT).
+    for layer in getattr(model.get_decoder(), "layers", [nn.Module()]):
         names = {n.split(".")[-1] for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         if names != {*ATTENTION, *GATED}:
             found = ", ".join(sorted(names)) or "other parts"
@@ -103,14 +104,9 @@ def _require_known_layers(model: PreTrainedModel) -> None:
             )
 
 
-def decoder(model: CausalLM) -> Any:
-    """The language model without its head; a module, whose attributes are not typed."""
-    return base_model(model).get_decoder()
-
-
 def vision_tower(model: CausalLM) -> Any:
     """What encodes images, a module; None of a model that reads text only."""
-    return getattr(base_model(model).base_model, "visual", None)
+    return tower(base_model(model))
 
 
 def adapted(model: CausalLM) -> bool:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from regrpo.config import PlanConfig, SFTConfig
 from regrpo.config.checks import require
-from regrpo.modeling import base_model, head
+from regrpo.modeling import base_model, decoder, head
 from regrpo.plan.activations import key_value_bytes
 from regrpo.plan.flops import update_flops
 from regrpo.plan.memory import MAX_BATCH, Part, memory, peak
@@ -15,7 +15,6 @@ from regrpo.plan.model import (
     CausalLM,
     RunConfig,
     build_on_meta,
-    decoder,
     linear_numel,
     numel,
     precision,
