@@ -126,8 +126,7 @@ class ReGRPOAgent:
         files: Workspace = () if workspace is None else existing_folder(workspace)
         shown = None if images is None else tuple(images)
         task = Task("user", "user", question, "", files, (), shown)
-        count = None if shown is None else len(shown)
-        messages = opening(question, [*self.tools, *self.local_tools], count)
+        messages = opening(question, [*self.tools, *self.local_tools], task.num_images)
         start = Start(task, tuple(messages), images=task_images(task))
         config = self.config
         with LocalEnvironment(

@@ -32,6 +32,13 @@ def data_url(data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def to_png(image: Image.Image) -> bytes:
+    """An image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def readable_image(path: Path) -> bytes | None:
     """The bytes of a file that holds an image; None for any other."""
     try:

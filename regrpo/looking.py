@@ -5,12 +5,11 @@ the page down and says where its number stands; shown a part of one, it reads it
 repeats it. No task, no tool, no failure and no format of calls is taught.
 """
 
-import io
 import random
 
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from regrpo.image_files import opened, to_png
 from regrpo.images import ImageReader, read_images
 from regrpo.segments import TokenizedTrajectory, tokenize_conversation
 from regrpo.tools.glyphs import Box
@@ -57,7 +56,5 @@ def _turns(question: str, answer: str) -> list[Message]:
 
 
 def _part(data: bytes, box: Box) -> bytes:
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as page:
-        page.convert("RGB").crop(box).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
+    with opened(data) as page:
+        return to_png(page.convert("RGB").crop(box))

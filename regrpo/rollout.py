@@ -112,8 +112,8 @@ class Trajectory:
 
 def task_start(task: Task) -> Start:
     """Where an episode of a task begins."""
-    count = None if task.images is None else len(task.images)
-    return Start(task, tuple(opening(task.question, images=count)), images=task_images(task))
+    messages = opening(task.question, images=task.num_images)
+    return Start(task, tuple(messages), images=task_images(task))
 
 
 def conversation(

@@ -70,6 +70,11 @@ class Task:
     images: tuple[str, ...] | None = None
 
     @property
+    def num_images(self) -> int | None:
+        """How many images are shown with the question; None where the tools give text."""
+        return None if self.images is None else len(self.images)
+
+    @property
     def trapped(self) -> bool:
         """Whether the wording suggests a call that fails."""
         return any(step.trap is not None for step in self.steps)

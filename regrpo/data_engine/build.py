@@ -80,8 +80,7 @@ class Demonstration:
     ) -> "Conversation":
         """See ``messages``; with the images that it shows."""
         by_step = {f.step: f for f in failures}
-        shown = self.task.images
-        opened = opening(self.task.question, images=None if shown is None else len(shown))
+        opened = opening(self.task.question, images=self.task.num_images)
         told = Conversation(opened, list(task_images(self.task)))
         steps = list(zip(self.task.steps, self.observations, strict=True))
         for index, (step, observation) in enumerate(steps[:until]):

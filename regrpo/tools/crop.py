@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from PIL import Image
 
+from regrpo.image_files import to_png
 from regrpo.tools.observation import Observation, Status, failure
 from regrpo.tools.page import MAX_PIXELS, NamedBytes
 from regrpo.tools.parameters import Coordinate, PathText
@@ -43,12 +43,12 @@ def crop(
     ink = whole.convert("L").point(lambda level: 255 if level < 128 else 0)
     where = f"{list(box)} of {whole.width} x {whole.height} pixels"
     if ink.crop(box).getbbox() is None:
-        return Observation(f"(no ink in {where})", Status.EMPTY, _png(whole))
+        return Observation(f"(no ink in {where})", Status.EMPTY, to_png(whole))
     edges = [name for name, line in _edges(box).items() if _crosses(ink, *line)]
     if edges:
         cut = CutError(f"ink crosses the {' and '.join(edges)} of {where}")
-        return Observation(failure(cut).text, Status.ERROR, _png(whole))
-    return Observation(f"part of {page}", Status.OK, _png(whole.crop(box)))
+        return Observation(failure(cut).text, Status.ERROR, to_png(whole))
+    return Observation(f"part of {page}", Status.OK, to_png(whole.crop(box)))
 
 
 def _require_inside(box: Box, size: tuple[int, int]) -> None:
@@ -77,9 +77,3 @@ def _crosses(ink: Image.Image, inside: Box, outside: Box) -> bool:
     image there is none."""
     ours, theirs = (ink.crop(line).tobytes() for line in (inside, outside))
     return any(a and any(theirs[max(0, i - 1) : i + 2]) for i, a in enumerate(ours))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()

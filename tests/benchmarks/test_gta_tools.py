@@ -3,10 +3,11 @@ import io
 import pytest
 from PIL import Image
 
+from regrpo.image_files import to_png
 from regrpo.tool_calls import ToolCall
 from regrpo.tools import Status
 from regrpo.tools.gta.arithmetic import calculate_text
-from regrpo.tools.gta.drawing import add_text, draw_box, open_image, to_png
+from regrpo.tools.gta.drawing import add_text, draw_box, open_image
 from regrpo.tools.gta.files import EpisodeFiles
 from regrpo.tools.gta.specs import CATEGORIES, GTA_TOOLS
 from regrpo.tools.gta.toolbox import Toolbox, call_key, recordings

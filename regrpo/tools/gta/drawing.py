@@ -22,12 +22,6 @@ def open_image(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def to_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def draw_box(image: Image.Image, bbox: str, annotation: str | None) -> Image.Image:
     """A translucent red box with its text above."""
     x1, y1, x2, y2 = _numbers(bbox, 4, "bbox")

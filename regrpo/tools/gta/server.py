@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 
-from regrpo.tools.gta.drawing import open_image, to_png
+from regrpo.image_files import to_png
+from regrpo.tools.gta.drawing import open_image
 from regrpo.tools.gta.specs import GtaTool
 
 MAX_BYTES = 64 * 2**20

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Any
 
 from regrpo.code_runner import CodeRunner
+from regrpo.image_files import to_png
 from regrpo.sandbox_worker import shown
 from regrpo.tool_calls import ToolCall
 from regrpo.tools.gta.arithmetic import calculate_text
-from regrpo.tools.gta.drawing import add_text, draw_box, open_image, to_png
+from regrpo.tools.gta.drawing import add_text, draw_box, open_image
 from regrpo.tools.gta.files import EpisodeFiles
 from regrpo.tools.gta.ocr import Reader
 from regrpo.tools.gta.server import ServerError, ToolServer
